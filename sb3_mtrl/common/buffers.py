@@ -1,0 +1,286 @@
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples
+from sb3_mtrl.common.utils import task_ids_from_observation
+from sb3_mtrl.common.vec_env import VecTaskNormalize
+
+try:
+    # Only for the warning about memory, as in SB3
+    import psutil
+except ImportError:
+    psutil = None
+
+
+class MultiTaskReplayBuffer(ReplayBuffer):
+    """
+    Replay buffer with one ring per task and task-balanced, task-major batches.
+
+    A transition goes to the ring of the task that its observation announces (the one-hot tail), whatever sub-environment
+    it came from; so any number of sub-environments works, and loading with another number does too. The one-hot itself is not
+    stored. A transition is one float32 row, so that a batch is one gather.
+
+    :param buffer_size: Max number of transitions over all tasks; each task gets ``buffer_size // num_tasks``
+    :param observation_space: Box of shape ``(n + num_tasks,)``
+    :param action_space: Box
+    :param device: PyTorch device of the sampled tensors
+    :param n_envs: Number of sub-environments that ``add`` receives at a time
+    :param optimize_memory_usage: Not supported: successive rows of a ring need not be successive steps
+    :param handle_timeout_termination: Store ``done=0`` where an episode was only cut by its time limit
+        (``info["TimeLimit.truncated"]``), so that the target bootstraps there
+    :param num_tasks: Number of tasks T
+    :param extra_columns: Name and width of further values to keep with each transition, e.g. ``{"success": 1}``.
+        ``add`` reads them from its ``extras`` argument or else from each info's entry of that name.
+    :raises ValueError: for a bad argument
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+        handle_timeout_termination: bool = True,
+        num_tasks: int = 1,
+        extra_columns: Mapping[str, int] | None = None,
+    ):
+        if optimize_memory_usage:
+            raise ValueError("optimize_memory_usage must be False with MultiTaskReplayBuffer, got True")
+        if num_tasks < 1:
+            raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+        if n_envs < 1:
+            raise ValueError(f"n_envs must be at least 1, got {n_envs}")
+        if not isinstance(observation_space, spaces.Box) or len(observation_space.shape) != 1:
+            raise ValueError(
+                f"observation_space must be a Box of shape (n + {num_tasks},) with the task's one-hot at its end, "
+                f"got {observation_space}"
+            )
+        if observation_space.shape[0] <= num_tasks:
+            raise ValueError(
+                f"observation_space must have more than num_tasks={num_tasks} entries, got shape {observation_space.shape}"
+            )
+        if buffer_size < num_tasks:
+            raise ValueError(f"buffer_size must be at least num_tasks={num_tasks}, got {buffer_size}")
+        # Not ReplayBuffer.__init__: it would allocate SB3's own arrays
+        BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        self.num_tasks = num_tasks
+        self.optimize_memory_usage = optimize_memory_usage
+        self.handle_timeout_termination = handle_timeout_termination
+        self.extra_columns = dict(extra_columns or {})
+        for name, width in self.extra_columns.items():
+            if width < 1:
+                raise ValueError(f"extra_columns must map names to widths of at least 1, got {name!r}: {width}")
+
+        self.capacity_per_task = buffer_size // num_tasks
+        self.buffer_size = self.capacity_per_task * num_tasks
+        self._columns = self._layout()
+        self._rows = np.zeros((self.buffer_size, self._row_width), dtype=np.float32)  # touched lazily by the system
+        self._incoming = np.zeros((n_envs, self._row_width), dtype=np.float32)
+        # Per task: where the next row goes, and whether the ring has gone round (SB3's names, one entry per task)
+        self.pos = np.zeros(num_tasks, dtype=np.int64)  # type: ignore[assignment]
+        self.full = np.zeros(num_tasks, dtype=bool)  # type: ignore[assignment]
+        self._warn_if_too_large()
+
+    def _layout(self) -> dict[str, slice]:
+        base_dim = self.obs_shape[0] - self.num_tasks
+        widths = {
+            "obs": base_dim,
+            "next_obs": base_dim,
+            "action": self.action_dim,
+            "reward": 1,
+            "done": 1,
+            **self.extra_columns,
+        }
+        ends = np.cumsum(list(widths.values())).tolist()
+        return {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends, strict=True)}
+
+    @property
+    def _row_width(self) -> int:
+        return next(reversed(self._columns.values())).stop
+
+    def _warn_if_too_large(self) -> None:
+        if psutil is None:
+            return
+        available = psutil.virtual_memory().available
+        if self._rows.nbytes > available:
+            warnings.warn(
+                "This system does not have apparently enough memory to store the complete "
+                f"replay buffer {self._rows.nbytes / 1e9:.2f}GB > {available / 1e9:.2f}GB",
+                stacklevel=3,
+            )
+
+    def sizes(self) -> np.ndarray:
+        """
+        :return: Number of stored transitions of each task, shape ``(T,)``
+        """
+        return np.where(self.full, self.capacity_per_task, self.pos)
+
+    def size(self) -> int:
+        """
+        :return: Number of stored transitions over all tasks
+        """
+        return int(self.sizes().sum())
+
+    def reset(self) -> None:
+        """
+        Forget all transitions.
+        """
+        self.pos[:] = 0  # type: ignore[index]
+        self.full[:] = False  # type: ignore[index]
+
+    def add(  # type: ignore[override]
+        self,
+        obs: np.ndarray,
+        next_obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+        extras: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """
+        Store one transition per sub-environment, each in the ring of its task.
+
+        :param obs: Observations, ``(n_envs, n + T)``
+        :param next_obs: Observations after the step (of the ended episode where it ended), ``(n_envs, n + T)``
+        :param action: Actions, ``(n_envs, n_actions)``
+        :param reward: Rewards, ``(n_envs,)``
+        :param done: Episode ends, ``(n_envs,)``
+        :param infos: Infos, ``n_envs`` of them
+        :param extras: Values of extra columns, name -> ``(n_envs, width)``; those missing here are read from the infos
+        :raises ValueError: if an observation does not end in a one-hot, or an extra column has no value
+        """
+        task_ids = task_ids_from_observation(obs, self.num_tasks)
+        rows, columns = self._incoming, self._columns
+        rows[:, columns["obs"]] = obs[:, : -self.num_tasks]
+        rows[:, columns["next_obs"]] = next_obs[:, : -self.num_tasks]
+        rows[:, columns["action"]] = action.reshape(self.n_envs, self.action_dim)
+        rows[:, columns["reward"]] = np.reshape(reward, (-1, 1))
+        terminations = np.array(done, dtype=np.float32)
+        if self.handle_timeout_termination:
+            terminations *= [not info.get("TimeLimit.truncated", False) for info in infos]
+        rows[:, columns["done"]] = terminations[:, None]
+        for name in self.extra_columns:
+            rows[:, columns[name]] = self._extra_values(name, infos, extras)
+        # Sub-environments on the same task take successive places of its ring
+        places = np.empty(self.n_envs, dtype=np.int64)
+        for env_index, task_id in enumerate(task_ids.tolist()):
+            places[env_index] = task_id * self.capacity_per_task + self.pos[task_id]  # type: ignore[index]
+            self.pos[task_id] += 1  # type: ignore[index]
+            if self.pos[task_id] == self.capacity_per_task:  # type: ignore[index]
+                self.pos[task_id] = 0  # type: ignore[index]
+                self.full[task_id] = True  # type: ignore[index]
+        self._rows[places] = rows
+
+    def _extra_values(self, name: str, infos: list[dict[str, Any]], extras: Mapping[str, np.ndarray] | None) -> np.ndarray:
+        if extras is not None and name in extras:
+            values = np.asarray(extras[name])
+        elif all(name in info for info in infos):
+            values = np.array([info[name] for info in infos])
+        else:
+            raise ValueError(f"no value for the extra column {name!r}: it is neither in extras nor in every info")
+        return values.reshape(self.n_envs, self.extra_columns[name])
+
+    def rows_per_task(self, batch_size: int) -> int:
+        """
+        :param batch_size: Rows of a batch
+        :return: Rows of each task in it
+        :raises ValueError: if the batch cannot be shared equally
+        """
+        if batch_size < 1 or batch_size % self.num_tasks != 0:
+            below = batch_size // self.num_tasks * self.num_tasks
+            nearest = [size for size in (below, below + self.num_tasks) if size > 0]
+            raise ValueError(
+                f"batch_size must be a positive multiple of num_tasks={self.num_tasks}, for equal shares, "
+                f"got {batch_size} (nearest allowed: {' or '.join(map(str, nearest))})"
+            )
+        return batch_size // self.num_tasks
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> MultiTaskReplayBufferSamples:  # type: ignore[override]
+        """
+        Draw equal shares of all tasks, uniformly over each task's ring.
+
+        :param batch_size: Number of transitions, a multiple of ``num_tasks``
+        :param env: VecNormalize to normalise observations and rewards with
+        :return: The batch, grouped by task
+        :raises ValueError: if ``batch_size`` is no multiple of ``num_tasks``, or the buffer is empty
+        """
+        rows_per_task = self.rows_per_task(batch_size)
+        sizes = self.sizes()
+        group_tasks = self._group_tasks(sizes)
+        rows_in_ring = np.random.randint(0, sizes[group_tasks][:, None], size=(self.num_tasks, rows_per_task))
+        batch_inds = (rows_in_ring + group_tasks[:, None] * self.capacity_per_task).reshape(-1)
+        return self._get_samples(batch_inds, env)
+
+    @staticmethod
+    def _group_tasks(sizes: np.ndarray) -> np.ndarray:
+        """Task of each group: its own, or one of the others in turn while it has no transitions yet."""
+        group_tasks = np.arange(len(sizes))
+        empty = sizes == 0
+        if empty.any():
+            if empty.all():
+                raise ValueError("cannot sample from an empty replay buffer")
+            group_tasks[empty] = np.resize(np.flatnonzero(~empty), empty.sum())
+        return group_tasks
+
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> MultiTaskReplayBufferSamples:  # type: ignore[override]
+        rows = self._rows.take(batch_inds, axis=0)  # (B, row)
+        group_tasks = batch_inds.reshape(self.num_tasks, -1)[:, 0] // self.capacity_per_task
+        if env is not None:
+            self._normalize_rows(rows, group_tasks, env)
+        batch = th.from_numpy(rows).to(self.device)
+        groups = th.from_numpy(group_tasks).to(self.device)
+        one_hot = th.eye(self.num_tasks, device=self.device)[groups]
+        one_hot = one_hot.unsqueeze(1).expand(-1, len(rows) // self.num_tasks, -1).reshape(len(rows), -1)  # (B, T)
+        columns = self._columns
+        return MultiTaskReplayBufferSamples(
+            observations=th.cat([batch[:, columns["obs"]], one_hot], dim=1),
+            actions=batch[:, columns["action"]],
+            next_observations=th.cat([batch[:, columns["next_obs"]], one_hot], dim=1),
+            dones=batch[:, columns["done"]],
+            rewards=batch[:, columns["reward"]],
+            discounts=None,
+            group_tasks=groups,
+            extras={name: batch[:, columns[name]] for name in self.extra_columns},
+        )
+
+    def _normalize_rows(self, rows: np.ndarray, group_tasks: np.ndarray, env: VecNormalize) -> None:
+        """Normalise observations and rewards in place; the one-hot is put on only because VecNormalize expects it."""
+        columns = self._columns
+        task_ids = np.repeat(group_tasks, len(rows) // self.num_tasks)
+        one_hot = np.eye(self.num_tasks, dtype=np.float32)[task_ids]
+        for name in ("obs", "next_obs"):
+            obs = np.concatenate([rows[:, columns[name]], one_hot], axis=1)
+            rows[:, columns[name]] = np.asarray(self._normalize_obs(obs, env))[:, : -self.num_tasks]
+        rewards = rows[:, columns["reward"]][:, 0]
+        if isinstance(env, VecTaskNormalize):
+            rewards = env.normalize_reward(rewards, task_ids)
+        else:
+            rewards = self._normalize_reward(rewards, env)
+        rows[:, columns["reward"]] = rewards[:, None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Keep only the rows in use: a file as large as the data, not as the capacity
+        state = self.__dict__.copy()
+        sizes = self.sizes()
+        rings = self._rows.reshape(self.num_tasks, self.capacity_per_task, -1)
+        state["_rows"] = np.concatenate([ring[:size] for ring, size in zip(rings, sizes, strict=True)])
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        stored_rows = state["_rows"]
+        self._rows = np.zeros((self.buffer_size, self._row_width), dtype=np.float32)
+        rings = self._rows.reshape(self.num_tasks, self.capacity_per_task, -1)
+        ends = np.cumsum(self.sizes())
+        for ring, start, end in zip(rings, [0, *ends[:-1]], ends, strict=True):
+            ring[: end - start] = stored_rows[start:end]

@@ -1,0 +1,111 @@
+from collections.abc import Iterable
+from typing import TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import VecEnv
+
+ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, th.Tensor)
+
+
+def get_num_tasks(env: VecEnv) -> int:
+    """
+    Number of tasks of a vector environment.
+
+    :param env: The vector environment
+    :return: Its ``num_tasks`` attribute; 1 where the sub-environments have none
+    :raises ValueError: if the sub-environments disagree, or name fewer than one task
+    """
+    # Ask first: fetching a missing attribute ends the worker of a SubprocVecEnv
+    if not env.has_attr("num_tasks"):
+        return 1
+    num_tasks = set(env.get_attr("num_tasks"))
+    if len(num_tasks) > 1:
+        raise ValueError(f"all sub-environments must have the same num_tasks, got {sorted(num_tasks)}")
+    (num_tasks_,) = num_tasks
+    if num_tasks_ < 1:
+        raise ValueError(f"num_tasks of the environment must be at least 1, got {num_tasks_}")
+    return int(num_tasks_)
+
+
+def get_task_names(env: VecEnv) -> tuple[str, ...]:
+    """
+    Names of the tasks of a vector environment, in the order of the one-hot.
+
+    :param env: The vector environment
+    :return: Its ``task_names`` attribute; ``("task-0", ...)`` where the sub-environments have none
+    :raises ValueError: if there are not ``num_tasks`` names
+    """
+    num_tasks = get_num_tasks(env)
+    if not env.has_attr("task_names"):
+        return tuple(f"task-{task_id}" for task_id in range(num_tasks))
+    task_names = tuple(str(name) for name in env.get_attr("task_names", indices=0)[0])
+    if len(task_names) != num_tasks:
+        raise ValueError(f"task_names of the environment must hold num_tasks={num_tasks} names, got {len(task_names)}")
+    return task_names
+
+
+def split_observation(obs: ArrayOrTensor, num_tasks: int) -> tuple[ArrayOrTensor, ArrayOrTensor]:
+    """
+    Split an observation into what the environment shows and the task's one-hot.
+
+    :param obs: Observations, shape ``(..., n + num_tasks)``
+    :param num_tasks: Length of the one-hot tail
+    :return: The base observation ``(..., n)`` and the one-hot ``(..., num_tasks)``, views of ``obs``
+    """
+    return obs[..., :-num_tasks], obs[..., -num_tasks:]
+
+
+def task_ids_from_observation(obs: np.ndarray, num_tasks: int) -> np.ndarray:
+    """
+    Read the task ids from the one-hot tail of observations.
+
+    :param obs: Observations, shape ``(..., n + num_tasks)``
+    :param num_tasks: Length of the one-hot tail
+    :return: Task ids, shape ``(...)``
+    :raises ValueError: if a tail is not a one-hot (as happens when the one-hot was normalised)
+    """
+    one_hot = split_observation(obs, num_tasks)[1]
+    task_ids = one_hot.argmax(axis=-1)
+    is_one_hot = (one_hot.max(axis=-1) == 1.0) & (np.count_nonzero(one_hot, axis=-1) == 1)
+    if not np.all(is_one_hot):
+        bad_tail = one_hot[~is_one_hot].reshape(-1, num_tasks)[0]
+        raise ValueError(
+            f"the last num_tasks={num_tasks} entries of an observation must be a one-hot of the task, got {bad_tail.tolist()} "
+            "(normalised observations? VecTaskNormalize leaves the one-hot alone)"
+        )
+    return task_ids
+
+
+def polyak_update_(params: Iterable[th.Tensor], target_params: Iterable[th.Tensor], tau: float) -> None:
+    """
+    SB3's ``polyak_update`` in two kernels for all tensors: ``target = (1 - tau) target + tau param``.
+
+    :param params: Parameters to follow
+    :param target_params: Parameters that follow, changed in place
+    :param tau: Soft update coefficient, 1 copies
+    """
+    sources, targets = list(params), list(target_params)
+    if not sources:
+        return
+    with th.no_grad():
+        th._foreach_mul_(targets, 1 - tau)
+        th._foreach_add_(targets, sources, alpha=tau)
+
+
+def step_unless(optimizer: th.optim.Optimizer, skip: th.Tensor | None) -> None:
+    """
+    Step an optimiser, or leave parameters and moments untouched.
+
+    :param optimizer: The optimiser
+    :param skip: Bool scalar on the device, None: step. A fused optimiser on a GPU decides there, without a synchronisation.
+    """
+    if skip is None:
+        optimizer.step()
+    elif skip.is_cuda and optimizer.defaults.get("fused"):
+        # What torch.amp.GradScaler does to skip a step
+        optimizer.grad_scale, optimizer.found_inf = None, skip.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif not skip:
+        optimizer.step()
