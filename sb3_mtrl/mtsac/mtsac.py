@@ -1,0 +1,705 @@
+import copy
+import io
+import math
+import pathlib
+import pickle
+import warnings
+import zipfile
+import zlib
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_obs_shape
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.sac.policies import SACPolicy
+
+from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
+from sb3_mtrl.common.callbacks import record_per_task
+from sb3_mtrl.common.policies import single_task_policy
+from sb3_mtrl.common.torch_layers import base_observation_space, check_choice
+from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses, UpdateGuard
+from sb3_mtrl.common.utils import get_num_tasks, get_task_names, polyak_update_, step_unless
+from sb3_mtrl.common.vec_env import VecTaskNormalize
+from sb3_mtrl.mtsac.policies import N_HEADS, CnnPolicy, MlpPolicy, MTSACActor, MTSACCritic, MTSACPolicy, MultiInputPolicy
+
+SelfMTSAC = TypeVar("SelfMTSAC", bound="MTSAC")
+
+ReplaySamples = ReplayBufferSamples | MultiTaskReplayBufferSamples
+
+
+class MTSAC(SAC):
+    """
+    Multi-task Soft Actor-Critic: SAC on several tasks at once, with one entropy coefficient per task and batches that hold
+    every task in equal share. With one task it is SB3's SAC.
+
+    Paper: multi-task SAC is the baseline of Meta-World, https://arxiv.org/abs/1910.10897 (MT-SAC, and with
+    ``n_heads="per_task"`` MT-multi-head-SAC); SAC itself is https://arxiv.org/abs/1801.01290 and
+    https://arxiv.org/abs/1812.05905.
+
+    The task is read from the observation: a Box of shape ``(n + T,)`` whose last T entries are the task's one-hot. T comes
+    from the environment's attribute ``num_tasks``. The parameters not listed are those of SB3's ``SAC``.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param buffer_size: Number of transitions over all tasks
+    :param batch_size: Transitions per update over all tasks, a multiple of T; None: 128 per task, or 256 if T is 1
+    :param replay_buffer_class: None: ``MultiTaskReplayBuffer`` if T is above 1 (then only it or a subclass will do),
+        else SB3's choice
+    :param optimize_memory_usage: With one task only
+    :param n_steps: With several tasks only 1
+    :param ent_coef: "auto", "auto_0.1" (initial value 0.1) to learn one entropy coefficient per task, or a fixed value
+    :param num_tasks: Number of tasks T; None: the ``num_tasks`` of the environment, 1 if it has none
+    :param n_heads: "shared": one output layer for all tasks, "per_task": one for each
+    :param optimizer_order: "sequential": temperature, critic, then actor with the new critic, as SB3 does;
+        "joint": all gradients at the same parameters, then all optimisers step, as PaCo's authors do
+    :param warmup_actions: Actions before ``learning_starts``: "uniform" as in SB3, or drawn from the initial "policy"
+    :param ent_coef_learning_rate: Learning rate of the entropy coefficients; None: ``learning_rate`` and its schedule
+    :param min_ent_coef: Entropy coefficients are read as at least this (without gradient below it); None: no bound
+    :param max_ent_coef: Entropy coefficients are brought down to this after each update; None: no bound
+    :param max_grad_norm: Clip the gradient norm of actor and of critics to this; None: no clipping
+    :raises ValueError: for a bad argument, or an environment that does not fit it
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: MTSACPolicy
+    actor: MTSACActor
+    critic: MTSACCritic
+    critic_target: MTSACCritic
+    task_names: tuple[str, ...]
+
+    def __init__(
+        self,
+        policy: str | type[SACPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,  # 1e6
+        learning_starts: int = 100,
+        batch_size: int | None = None,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        ent_coef: str | float = "auto",
+        target_update_interval: int = 1,
+        target_entropy: str | float = "auto",
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        use_sde_at_warmup: bool = False,
+        num_tasks: int | None = None,
+        n_heads: str = "shared",
+        optimizer_order: str = "sequential",
+        warmup_actions: str = "uniform",
+        ent_coef_learning_rate: float | None = None,
+        min_ent_coef: float | None = None,
+        max_ent_coef: float | None = None,
+        max_grad_norm: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        check_choice("n_heads", n_heads, N_HEADS)
+        check_choice("optimizer_order", optimizer_order, ("sequential", "joint"))
+        check_choice("warmup_actions", warmup_actions, ("uniform", "policy"))
+        for name, value in (
+            ("ent_coef_learning_rate", ent_coef_learning_rate),
+            ("min_ent_coef", min_ent_coef),
+            ("max_ent_coef", max_ent_coef),
+            ("max_grad_norm", max_grad_norm),
+        ):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0 or None, got {value}")
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,  # type: ignore[arg-type]  # resolved in _setup_model
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class,
+            replay_buffer_kwargs,
+            optimize_memory_usage,
+            n_steps,
+            ent_coef,
+            target_update_interval,
+            target_entropy,
+            use_sde,
+            sde_sample_freq,
+            use_sde_at_warmup,
+            stats_window_size,
+            tensorboard_log,
+            policy_kwargs,
+            verbose,
+            seed,
+            device,
+            _init_setup_model=False,
+        )
+        if not issubclass(self.policy_class, MTSACPolicy):
+            raise ValueError(f"policy must be a subclass of MTSACPolicy or one of its names, got {self.policy_class.__name__}")
+        self.n_heads = n_heads
+        self.optimizer_order = optimizer_order
+        self.warmup_actions = warmup_actions
+        self.ent_coef_learning_rate = ent_coef_learning_rate
+        self.min_ent_coef = min_ent_coef
+        self.max_ent_coef = max_ent_coef
+        self.max_grad_norm = max_grad_norm
+        self.num_tasks = self._resolve_num_tasks(num_tasks)
+        self.task_names = get_task_names(self.env) if self.env is not None else ()
+        if len(self.task_names) != self.num_tasks:  # no environment yet, or one that names no tasks
+            self.task_names = tuple(f"task-{task_id}" for task_id in range(self.num_tasks))
+        self.update_guards: list[UpdateGuard] = []
+        # Sums of logged values since the last dump, on the device
+        self._train_sums: dict[str, th.Tensor] = {}
+        self._n_summed_updates = 0
+
+        if _init_setup_model:
+            self._setup_model()
+
+    # ------------------------------------------------------------------ set-up
+
+    def _resolve_num_tasks(self, num_tasks: int | None) -> int:
+        if num_tasks is not None and num_tasks < 1:
+            raise ValueError(f"num_tasks must be at least 1 or None, got {num_tasks}")
+        env_num_tasks = None
+        if self.env is not None and self.env.has_attr("num_tasks"):
+            env_num_tasks = get_num_tasks(self.env)
+        if num_tasks is not None and env_num_tasks is not None and num_tasks != env_num_tasks:
+            raise ValueError(f"num_tasks must equal the environment's num_tasks={env_num_tasks} or be None, got {num_tasks}")
+        return num_tasks or env_num_tasks or 1
+
+    def _setup_model(self) -> None:
+        self.task_names = tuple(self.task_names)  # saved as a list
+        if self.num_tasks > 1:
+            self._check_multi_task_setup()
+        if self.batch_size is None:
+            self.batch_size = 256 if self.num_tasks == 1 else 128 * self.num_tasks
+        if self.env is not None:
+            self._check_env_tasks(self.env)
+        # The networks and the buffer need T; what the user gave stays as it is, it is what save() writes
+        policy_kwargs, replay_buffer_kwargs = self.policy_kwargs, self.replay_buffer_kwargs
+        self.policy_kwargs = {**self._policy_settings(), **policy_kwargs}
+        if self.num_tasks > 1 or (self.replay_buffer_class and issubclass(self.replay_buffer_class, MultiTaskReplayBuffer)):
+            self.replay_buffer_class = self.replay_buffer_class or MultiTaskReplayBuffer
+            self.replay_buffer_kwargs = {**self._replay_buffer_settings(), **replay_buffer_kwargs}
+        super()._setup_model()
+        self.policy_kwargs, self.replay_buffer_kwargs = policy_kwargs, replay_buffer_kwargs
+        if isinstance(self.replay_buffer, MultiTaskReplayBuffer):
+            self.replay_buffer.rows_per_task(self.batch_size)  # refuses a batch that has no equal shares
+        if self.log_ent_coef is not None:
+            self.log_ent_coef = self.log_ent_coef.detach().repeat(self.num_tasks).requires_grad_(True)
+            learning_rate = self.ent_coef_learning_rate or self.lr_schedule(1)
+            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=learning_rate)
+
+        # How often each task's samples were dropped by a guard
+        self.dropped_updates = th.zeros(self.num_tasks, device=self.device)
+        self.update_guards.clear()
+
+    def add_update_guard(self, guard: UpdateGuard) -> None:
+        """
+        Let a guard watch the losses of every update; it replaces a guard of the same class.
+
+        :param guard: E.g. a ``LossMaskoutCallback``, which calls this itself
+        """
+        self.update_guards = [other for other in self.update_guards if type(other) is not type(guard)]
+        self.update_guards.append(guard)
+
+    def _policy_settings(self) -> dict[str, Any]:
+        """Policy arguments that follow from the algorithm's own."""
+        return dict(num_tasks=self.num_tasks, n_heads=self.n_heads)
+
+    def _replay_buffer_settings(self) -> dict[str, Any]:
+        """Arguments of the multi-task replay buffer that follow from the algorithm's own."""
+        return dict(num_tasks=self.num_tasks)
+
+    def _check_multi_task_setup(self) -> None:
+        base_observation_space(self.observation_space, self.num_tasks)
+        if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, MultiTaskReplayBuffer):
+            raise ValueError(
+                f"replay_buffer_class must be None, MultiTaskReplayBuffer or a subclass with num_tasks={self.num_tasks}, "
+                f"got {self.replay_buffer_class.__name__} (it does not balance tasks)"
+            )
+        if self.n_steps > 1:
+            raise ValueError(f"n_steps must be 1 with num_tasks={self.num_tasks}, got {self.n_steps}")
+        if self.optimize_memory_usage:
+            raise ValueError(f"optimize_memory_usage must be False with num_tasks={self.num_tasks}, got True")
+
+    def _check_env_tasks(self, env: VecEnv) -> None:
+        """Refuse an environment of other tasks, or whose observations lose the task; warn where tasks are not shared out."""
+        if env.has_attr("num_tasks"):
+            num_tasks = get_num_tasks(env)
+            if num_tasks != self.num_tasks:
+                raise ValueError(
+                    f"this model was made for num_tasks={self.num_tasks}, the environment has num_tasks={num_tasks}"
+                )
+        if self.num_tasks == 1:
+            return
+        normalizer = self._vec_normalize_env if env is self.env else None
+        if isinstance(normalizer, VecNormalize) and normalizer.norm_obs and not isinstance(normalizer, VecTaskNormalize):
+            raise ValueError(
+                "VecNormalize(norm_obs=True) would normalise the one-hot of the task: "
+                "use sb3_mtrl.common.vec_env.VecTaskNormalize, or norm_obs=False"
+            )
+        if env.num_envs > 1 and env.has_attr("assigned_tasks"):
+            if all(len(tasks) == self.num_tasks for tasks in env.get_attr("assigned_tasks")):
+                warnings.warn(
+                    f"each of the {env.num_envs} sub-environments cycles through all {self.num_tasks} tasks; "
+                    "wrap them in sb3_mtrl.common.vec_env.VecTaskAssignment to share the tasks out",
+                    stacklevel=2,
+                )
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        :param env: The environment for learning a policy
+        :param force_reset: Force call to ``reset()`` before training
+        :raises ValueError: if it has another number of tasks
+        """
+        env = self._wrap_env(env, self.verbose)
+        self._check_env_tasks(env)
+        super().set_env(env, force_reset)
+
+    def _task_id(self, task: int | str) -> int:
+        if isinstance(task, str):
+            if task not in self.task_names:
+                raise ValueError(f"task must be one of {', '.join(self.task_names)}, got {task!r}")
+            return self.task_names.index(task)
+        if not 0 <= task < self.num_tasks:
+            raise ValueError(f"task must be between 0 and {self.num_tasks - 1}, got {task}")
+        return task
+
+    # ---------------------------------------------------------------- rollouts
+
+    def _sample_action(
+        self,
+        learning_starts: int,
+        action_noise: ActionNoise | None = None,
+        n_envs: int = 1,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.warmup_actions == "policy":
+            learning_starts = 0
+        return super()._sample_action(learning_starts, action_noise, n_envs)
+
+    # ------------------------------------------------------------------ update
+
+    def train(self, gradient_steps: int, batch_size: int | None = None) -> None:  # type: ignore[override]
+        """
+        Sample the replay buffer and do the updates.
+
+        :param gradient_steps: Number of updates
+        :param batch_size: Transitions per update over all tasks; None: the one given at construction
+        """
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self._scheduled_optimizers())
+        update = self._joint_update if self.optimizer_order == "joint" else self._sequential_update
+
+        for gradient_step in range(gradient_steps):
+            replay_data = self.replay_buffer.sample(batch_size or self.batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            # We need to sample because `log_std` may have changed between two gradient steps
+            if self.use_sde:
+                self.actor.reset_noise()
+            dropped = update(replay_data)
+            if gradient_step % self.target_update_interval == 0:
+                self._update_target_networks()
+            if self.max_ent_coef is not None and self.log_ent_coef is not None:
+                with th.no_grad():
+                    self.log_ent_coef.clamp_(max=math.log(self.max_ent_coef))
+            if dropped is not None:
+                self.dropped_updates.add_(dropped)
+                for guard in self.update_guards:
+                    guard.after_update(dropped)
+
+        self._n_updates += gradient_steps
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _sequential_update(self, replay_data: ReplaySamples) -> th.Tensor | None:
+        """
+        One update in SB3's order: each optimiser steps before the next loss is formed.
+
+        :param replay_data: The batch
+        :return: (T,) bool, tasks whose samples the guards dropped; None without guards
+        """
+        obs, next_obs = self._observations(replay_data)
+        for optimizer in self._shared_optimizers():
+            optimizer.zero_grad()
+
+        # Action by the current actor for the sampled state
+        actions_pi, log_prob = self.actor.action_log_prob(obs)
+        log_prob = log_prob.reshape(-1, 1)
+        ent_coef = self._ent_coef_per_row(replay_data)
+        td_errors = self._td_errors(replay_data, obs, next_obs, ent_coef)  # (n_critics, B, 1)
+        task_losses = TaskLosses(self._task_means(self._critic_losses(td_errors), replay_data), None, None)
+        dropped = self._dropped_tasks(task_losses, replay_data)
+
+        # `ent_coef` was read above, so this step does not change the losses below
+        ent_coef_losses = self._ent_coef_losses(log_prob, replay_data, dropped)
+        if ent_coef_losses is not None and self.ent_coef_optimizer is not None:
+            self._optimize(self.ent_coef_optimizer, ent_coef_losses.mean(), dropped)
+
+        critic_losses = self._critic_losses(self._keep(td_errors, dropped, replay_data))
+        self._optimize(self.critic.optimizer, critic_losses.mean(), dropped)
+
+        # Min over all critic networks, which are held constant here
+        min_qf_pi = self.critic.q_values(obs, actions_pi, frozen=True).min(dim=0).values
+        actor_losses = ent_coef * log_prob - min_qf_pi
+        self._optimize(self.actor.optimizer, self._keep(actor_losses, dropped, replay_data).mean(), dropped)
+
+        for optimizer in self._shared_optimizers():
+            step_unless(optimizer, None if dropped is None else dropped.all())
+        self._sum_train_values(task_losses.critic, actor_losses, ent_coef_losses)
+        return dropped
+
+    def _joint_update(self, replay_data: ReplaySamples) -> th.Tensor | None:
+        """
+        One update in the order of PaCo's authors: all gradients are taken at the same parameters, then all optimisers step.
+
+        :param replay_data: The batch
+        :return: (T,) bool, tasks whose samples the guards dropped; None without guards
+        """
+        obs, next_obs = self._observations(replay_data)
+        optimizers = self._all_optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+        actions_pi, log_prob = self.actor.action_log_prob(obs)
+        log_prob = log_prob.reshape(-1, 1)
+        ent_coef = self._ent_coef_per_row(replay_data)
+        td_errors = self._td_errors(replay_data, obs, next_obs, ent_coef)  # (n_critics, B, 1)
+
+        # The actor's gradient through the critics is g = d min_i Q_i(s, a) / d a, with the critics held constant
+        frozen_actions = actions_pi.detach().requires_grad_()
+        min_qf_pi = self.critic.q_values(obs, frozen_actions, frozen=True).min(dim=0).values
+        (action_grad,) = th.autograd.grad(min_qf_pi.sum(), frozen_actions)  # (B, n_actions)
+        entropy_term = ent_coef * log_prob
+        ent_coef_losses = self._ent_coef_losses(log_prob, replay_data, None)
+
+        # An actor loss for the guards that is large when the critic is steep, which alpha log pi - Q would hide
+        actor_values = 0.5 * action_grad.square().sum(dim=1, keepdim=True) + entropy_term.detach()
+        task_losses = TaskLosses(
+            critic=self._task_means(self._critic_losses(td_errors), replay_data),
+            actor=self._task_means(actor_values, replay_data),
+            ent_coef=None if ent_coef_losses is None else self._task_means(ent_coef_losses, replay_data),
+        )
+        dropped = self._dropped_tasks(task_losses, replay_data)
+
+        critic_losses = self._critic_losses(self._keep(td_errors, dropped, replay_data))
+        policy_improvement = (self._keep(action_grad, dropped, replay_data) * actions_pi).sum(dim=1, keepdim=True)
+        actor_losses = self._keep(entropy_term - policy_improvement, dropped, replay_data)
+        loss = critic_losses.mean() + actor_losses.mean()
+        if ent_coef_losses is not None:
+            loss = loss + self._ent_coef_losses(log_prob, replay_data, dropped).mean()  # type: ignore[union-attr]
+        loss.backward()
+        self._clip_gradients(self.critic.optimizer)
+        self._clip_gradients(self.actor.optimizer)
+        for optimizer in optimizers:
+            step_unless(optimizer, None if dropped is None else dropped.all())
+        self._sum_train_values(task_losses.critic, entropy_term - min_qf_pi, ent_coef_losses)
+        return dropped
+
+    def _observations(self, replay_data: ReplaySamples) -> tuple[PyTorchObs, PyTorchObs]:
+        """Observations and next observations; in groups that share their task, ``(T, B / T, n + T)``, with several tasks."""
+        if isinstance(replay_data, MultiTaskReplayBufferSamples) and self.num_tasks > 1:
+            obs, next_obs = replay_data.observations, replay_data.next_observations
+            return obs.view(self.num_tasks, -1, obs.shape[1]), next_obs.view(self.num_tasks, -1, obs.shape[1])
+        return replay_data.observations, replay_data.next_observations
+
+    def _td_errors(self, replay_data: ReplaySamples, obs: PyTorchObs, next_obs: PyTorchObs, ent_coef: th.Tensor) -> th.Tensor:
+        """Errors of all critics against the target, ``(n_critics, B, 1)``."""
+        # For n-step replay, discount factor is gamma**n_steps (when no early termination)
+        discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
+        with th.no_grad():
+            # Select action according to policy
+            next_actions, next_log_prob = self.actor.action_log_prob(next_obs)
+            # Compute the next Q values: min over all critics targets
+            next_q_values = self.critic_target.q_values(next_obs, next_actions).min(dim=0).values
+            # add entropy term
+            next_q_values = next_q_values - ent_coef * next_log_prob.reshape(-1, 1)
+            # td error + entropy term
+            target_q_values = replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
+        return self.critic.q_values(obs, replay_data.actions) - target_q_values
+
+    @staticmethod
+    def _critic_losses(td_errors: th.Tensor) -> th.Tensor:
+        """Loss of each row, ``(B, 1)``: half the squared errors, summed over the critics."""
+        return 0.5 * td_errors.square().sum(dim=0)
+
+    def _ent_coef_per_row(self, replay_data: ReplaySamples) -> th.Tensor:
+        """Entropy coefficient of each row's task, ``(B, 1)`` or broadcastable to it, constant."""
+        if self.log_ent_coef is None:
+            return self.ent_coef_tensor
+        return self._rows(self._bounded_log_ent_coef().detach().exp(), replay_data)
+
+    def _bounded_log_ent_coef(self) -> th.Tensor:
+        assert self.log_ent_coef is not None
+        if self.min_ent_coef is None:
+            return self.log_ent_coef
+        return self.log_ent_coef.clamp(min=math.log(self.min_ent_coef))
+
+    def _ent_coef_losses(self, log_prob: th.Tensor, replay_data: ReplaySamples, dropped: th.Tensor | None) -> th.Tensor | None:
+        """Loss of each row on its task's entropy coefficient, ``(B, 1)``; None if the coefficient is fixed."""
+        if self.log_ent_coef is None:
+            return None
+        assert isinstance(self.target_entropy, float)
+        entropy_gap = self._keep((log_prob + self.target_entropy).detach(), dropped, replay_data)
+        return -self._rows(self._bounded_log_ent_coef(), replay_data) * entropy_gap
+
+    def _rows(self, task_values: th.Tensor, replay_data: ReplaySamples) -> th.Tensor:
+        """Spread values per task ``(T,)`` over the rows of the batch: ``(B, 1)``, or ``(1,)`` with one task."""
+        if not isinstance(replay_data, MultiTaskReplayBufferSamples):
+            return task_values
+        rows_per_group = len(replay_data.rewards) // self.num_tasks
+        return task_values[replay_data.group_tasks].unsqueeze(1).expand(-1, rows_per_group).reshape(-1, 1)
+
+    def _task_means(self, row_values: th.Tensor, replay_data: ReplaySamples) -> th.Tensor:
+        """Means over the rows of each task: ``(B, 1)`` to ``(T,)``, constant; 0 for a task that is not in the batch."""
+        row_values = row_values.detach()
+        if not isinstance(replay_data, MultiTaskReplayBufferSamples):
+            return row_values.mean().reshape(1)
+        groups = replay_data.group_tasks
+        group_means = row_values.view(self.num_tasks, -1).mean(dim=1)
+        n_groups = th.zeros_like(group_means).index_add_(0, groups, th.ones_like(group_means))
+        return th.zeros_like(group_means).index_add_(0, groups, group_means) / n_groups.clamp(min=1)
+
+    def _keep(self, values: th.Tensor, dropped: th.Tensor | None, replay_data: ReplaySamples) -> th.Tensor:
+        """
+        Replace the values of dropped tasks by zero; the batch size that losses are divided by stays the same.
+
+        Not a product with a mask: a dropped value may be infinite or NaN, and so would the product be.
+
+        :param values: ``(..., B, n)``
+        :param dropped: (T,) bool, or None
+        :param replay_data: The batch
+        :return: The values that stay, zeros elsewhere
+        """
+        if dropped is None:
+            return values
+        return th.where(self._rows(dropped, replay_data), 0.0, values)
+
+    def _dropped_tasks(self, task_losses: TaskLosses, replay_data: ReplaySamples) -> th.Tensor | None:
+        """Ask the guards which tasks must not contribute, ``(T,)`` bool; None without guards."""
+        if not self.update_guards:
+            return None
+        dropped = th.zeros_like(task_losses.critic, dtype=th.bool)
+        for guard in self.update_guards:
+            dropped = dropped | guard.drop_tasks(task_losses)
+        if self.policy.gradient_gate is not None:
+            # Looking at the mask is free on the CPU and would stall a GPU
+            nothing_dropped = self.device.type == "cpu" and not dropped.any()
+            groups = replay_data.group_tasks if isinstance(replay_data, MultiTaskReplayBufferSamples) else slice(None)
+            self.policy.gradient_gate.dropped_groups = None if nothing_dropped else dropped[groups]
+        return dropped
+
+    def _optimize(self, optimizer: th.optim.Optimizer, loss: th.Tensor, dropped: th.Tensor | None) -> None:
+        """One step of one optimiser on one loss; no step if every task is dropped."""
+        optimizer.zero_grad()
+        loss.backward()
+        if optimizer is not self.ent_coef_optimizer:
+            self._clip_gradients(optimizer)
+        step_unless(optimizer, None if dropped is None else dropped.all())
+
+    def _clip_gradients(self, optimizer: th.optim.Optimizer) -> None:
+        if self.max_grad_norm is not None:
+            for group in optimizer.param_groups:
+                th.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+
+    def _scheduled_optimizers(self) -> list[th.optim.Optimizer]:
+        """Optimisers that follow ``learning_rate``."""
+        optimizers = [self.actor.optimizer, self.critic.optimizer]
+        if self.ent_coef_optimizer is not None and self.ent_coef_learning_rate is None:
+            optimizers.append(self.ent_coef_optimizer)
+        return optimizers
+
+    def _shared_optimizers(self) -> list[th.optim.Optimizer]:
+        """Optimisers of parameters that actor and critics share; they step once an update, on the sum of both gradients."""
+        return []
+
+    def _all_optimizers(self) -> list[th.optim.Optimizer]:
+        optimizers = [self.actor.optimizer, self.critic.optimizer, *self._shared_optimizers()]
+        if self.ent_coef_optimizer is not None:
+            optimizers.append(self.ent_coef_optimizer)
+        return optimizers
+
+    def _update_target_networks(self) -> None:
+        polyak_update_(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+        # Copy running stats, see GH issue #996
+        polyak_update_(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+
+    # ----------------------------------------------------------------- logging
+
+    def _sum_train_values(
+        self, task_critic_losses: th.Tensor, actor_losses: th.Tensor, ent_coef_losses: th.Tensor | None
+    ) -> None:
+        """Add this update to the sums that ``dump_logs`` reads; nothing leaves the device here."""
+        values = {"critic_loss": task_critic_losses, "actor_loss": actor_losses.detach().mean()}
+        if self.log_ent_coef is not None and ent_coef_losses is not None:
+            values["ent_coef"] = self._bounded_log_ent_coef().detach().exp()
+            values["ent_coef_loss"] = ent_coef_losses.detach().mean()
+        else:
+            values["ent_coef"] = self.ent_coef_tensor
+        for name, value in values.items():
+            if name not in self._train_sums:
+                self._train_sums[name] = th.zeros_like(value)
+            self._train_sums[name].add_(value)
+        self._n_summed_updates += 1
+
+    def dump_logs(self) -> None:
+        """
+        Write log data, the ``train/*`` values averaged over the updates since the last dump.
+        """
+        for name, total in self._train_sums.items():
+            mean = (total / self._n_summed_updates).cpu().numpy()
+            self.logger.record(f"train/{name}", float(mean.mean()))
+            if self.num_tasks > 1 and mean.size == self.num_tasks:
+                self._record_per_task(f"train/{name}", mean.tolist())
+        self._train_sums.clear()
+        self._n_summed_updates = 0
+        if self.update_guards:
+            counts = self.dropped_updates.tolist()
+            self.logger.record("train/dropped_updates", sum(counts))
+            if self.num_tasks > 1:
+                self._record_per_task("train/dropped_updates", counts)
+        super().dump_logs()
+
+    def _record_per_task(self, name: str, values: list[float]) -> None:
+        record_per_task(self.logger, name, dict(zip(self.task_names, values, strict=True)), console=False)
+
+    def learn(
+        self: SelfMTSAC,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "MTSAC",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfMTSAC:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    # -------------------------------------------------------- export, save, load
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file, see SB3's ``load_replay_buffer``.
+
+        :raises ValueError: if it holds other tasks or observations; the model keeps its own then
+        """
+        own_buffer = self.replay_buffer
+        super().load_replay_buffer(path, truncate_last_traj)
+        loaded = self.replay_buffer
+        assert loaded is not None
+        for name, expected in (("num_tasks", self.num_tasks), ("obs_shape", get_obs_shape(self.observation_space))):
+            value = getattr(loaded, name, expected)
+            if value != expected:
+                self.replay_buffer = own_buffer
+                raise ValueError(f"path must name a replay buffer with {name}={expected}, got {path} with {name}={value}")
+
+    def export_task_policy(self, task: int | str) -> SACPolicy:
+        """
+        The policy of one task as SB3's plain ``SACPolicy``: observations without the one-hot, no code of this package needed.
+
+        :param task: Task id or name
+        :return: The policy; ``predict`` gives the same deterministic actions. Write it with ``policy.save`` or with
+            ``sb3_mtrl.common.policies.export_onnx``.
+        :raises ValueError: for an unknown task, or a policy with an own features extractor or gSDE
+        """
+        return single_task_policy(self.policy, self.num_tasks, self._task_id(task))
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "update_guards", "_train_sums", "_n_summed_updates"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, variables = super()._get_torch_save_params()
+        return state_dicts, [*variables, "dropped_updates"]
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary, see SB3's ``set_parameters``.
+
+        :raises ValueError: if they are of a model of other shapes, e.g. of another number of tasks; nothing is changed then
+        """
+        before = copy.deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except RuntimeError as e:
+            super().set_parameters(before, True, device)  # type: ignore[arg-type]
+            raise ValueError(
+                f"the parameters do not fit this model of num_tasks={self.num_tasks} "
+                f"(other tasks, networks or parameter sets?): {e}"
+            ) from e
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfMTSAC],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfMTSAC:
+        """
+        Load the model from a zip-file, see SB3's ``load``.
+
+        :raises ValueError: if the file is damaged, or ``env`` does not have the tasks that the model was made for
+        """
+        try:
+            data, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects)
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            KeyError,
+            RuntimeError,
+            UnicodeDecodeError,
+            pickle.UnpicklingError,
+        ) as e:
+            raise ValueError(f"path must name a whole model file, got {path}, which is damaged: {e}") from e
+        if data is None or "num_tasks" not in data:
+            raise ValueError(
+                f"path must name a whole file of an {cls.__name__} model, got {path}, which lacks some of its parts"
+            )
+        if env is not None:
+            env = cls._wrap_env(env, data["verbose"])
+            env_num_tasks = get_num_tasks(env)
+            if env.has_attr("num_tasks") and env_num_tasks != data["num_tasks"]:
+                raise ValueError(
+                    f"env must have the model's num_tasks={data['num_tasks']}, got one with num_tasks={env_num_tasks}"
+                )
+        if isinstance(path, io.BufferedIOBase):
+            path.seek(0)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)

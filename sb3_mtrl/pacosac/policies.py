@@ -1,0 +1,422 @@
+import math
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN, create_mlp
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_mtrl.common.policies import Layers
+from sb3_mtrl.common.torch_layers import (
+    W_ACTIVATIONS,
+    CompositionalLinear,
+    CompositionalMLP,
+    GradientGate,
+    activate_compositional_vectors,
+    check_choice,
+    init_compositional_vectors,
+)
+from sb3_mtrl.mtsac.policies import MTSACActor, MTSACCritic, MTSACPolicy, split_tasks_and_groups
+
+STRUCTURES = ("ac_shared", "actor_only", "output_only")
+
+
+class TaskVectors:
+    """
+    The compositional vectors of all tasks, W, as the networks see them.
+
+    Actor, critics and target critics hold one and the same object and none of them registers W among its parameters: it has
+    its own optimiser, and the soft update of the target critics must not touch it.
+
+    :param w: W, shape ``(T, K)``, owned by the policy
+    :param activation: See ``activate_compositional_vectors``
+    """
+
+    def __init__(self, w: nn.Parameter, activation: str):
+        self.w = w
+        self.activation = activation
+        self.gate = GradientGate()
+
+    def __call__(self) -> th.Tensor:
+        """
+        :return: What the layers use, ``(T, K)``
+        """
+        return activate_compositional_vectors(self.w, self.activation)
+
+    def forward(
+        self,
+        network: CompositionalMLP,
+        x: th.Tensor,
+        one_hot: th.Tensor | None,
+        n_groups: int | None,
+        frozen: bool = False,
+    ) -> th.Tensor:
+        """
+        Evaluate a compositional network.
+
+        :param network: The network
+        :param x: Input ``(B, in)``
+        :param one_hot: Task of each row ``(B, T)``; None with one task
+        :param n_groups: Number G of groups of B / G successive rows that share their task; None: rows of any task in any order
+        :param frozen: Hold the network and W constant
+        :return: Output ``(N, B, out)`` or ``(N, G, B / G, out)``
+        """
+        w = self()
+        if one_hot is not None and n_groups is None:
+            if frozen:
+                raise ValueError("frozen needs rows in groups that share their task")
+            return network.forward_mixed(x, one_hot @ w)
+        if one_hot is None:
+            n_groups = 1
+        else:
+            w = one_hot.view(n_groups, -1, len(w))[:, 0] @ w  # type: ignore[arg-type]  # (G, K)
+        composed = network.compose(w, frozen, self.gate)
+        return network.forward_composed(x.view(n_groups, -1, x.shape[1]), composed)  # type: ignore[arg-type]
+
+
+def init_actor_head_(weight: th.Tensor) -> None:
+    """
+    Truncated normal draw of standard deviation ``0.3 / sqrt(fan_in)``, cut at two standard deviations of the uncut normal.
+
+    :param weight: ``(out, in)``, changed in place
+    """
+    # 0.8796 is the standard deviation of a standard normal cut at +-2
+    std = 0.3 / math.sqrt(weight.shape[1]) / 0.87962566103423978
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def init_critic_hidden_(weight: th.Tensor) -> None:
+    """
+    :param weight: ``(out, in)``, drawn from ``U(-1, 1) / sqrt(fan_in)`` in place
+    """
+    bound = 1 / math.sqrt(weight.shape[1])
+    nn.init.uniform_(weight, -bound, bound)
+
+
+def init_critic_output_(weight: th.Tensor) -> None:
+    """
+    :param weight: ``(out, in)``, drawn from ``U(-0.003, 0.003)`` in place
+    """
+    nn.init.uniform_(weight, -0.003, 0.003)
+
+
+class PaCoActor(MTSACActor):
+    """
+    SAC's actor with compositional layers, ``theta_t = sum_k w_tk phi_k``.
+
+    Paper: Parameter-Compositional Multi-Task Reinforcement Learning, https://arxiv.org/abs/2210.11653. The task's one-hot
+    only selects the row of W, it is no input. The parameters not listed are those of SB3's ``Actor``.
+
+    :param task_vectors: W, not registered as a parameter of this network
+    :param num_tasks: Number of tasks T
+    :param n_param_sets: Number of parameter sets K
+    :param compositional_trunk: Whether the hidden layers are compositional; else only the two heads are, and an ordinary
+        trunk sees the one-hot
+    :param log_std_bounds: Lowest and highest log standard deviation
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: nn.Module,
+        features_dim: int,
+        task_vectors: TaskVectors,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        normalize_images: bool = True,
+        num_tasks: int = 1,
+        n_param_sets: int = 5,
+        compositional_trunk: bool = True,
+        log_std_bounds: tuple[float, float] = (-10.0, 2.0),
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            net_arch,
+            features_extractor,
+            features_dim,
+            activation_fn,
+            normalize_images=normalize_images,
+            num_tasks=num_tasks,
+            observe_task=not compositional_trunk,
+            log_std_bounds=log_std_bounds,
+        )
+        self.n_param_sets = n_param_sets
+        self.task_vectors = task_vectors
+        del self.mu, self.log_std
+        self.latent_pi = nn.Sequential()
+        hidden: list[CompositionalLinear] = []
+        dims = [features_dim, *net_arch]
+        if compositional_trunk:
+            hidden = [CompositionalLinear(dims[i], dims[i + 1], n_param_sets) for i in range(len(net_arch))]
+        else:
+            self.latent_pi = nn.Sequential(*create_mlp(features_dim, -1, net_arch, activation_fn))
+        # Mean and log standard deviation side by side: one product
+        head = CompositionalLinear(dims[-1], 2 * self.action_space.shape[0], n_param_sets, init=init_actor_head_)
+        self.compositional = CompositionalMLP([*hidden, head], activation_fn)
+        # Composed parameters of all tasks, and the parameters (identity and version) that they were composed from
+        self._composed: list[tuple[th.Tensor, th.Tensor]] = []
+        self._composed_from: tuple[tuple[int, int], ...] = ()
+
+    def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+        """
+        :param obs: Observations ``(B, n + T)``, or ``(G, b, n + T)`` in groups that share their task (``B = G b``)
+        :return: Mean and log standard deviation, ``(B, n_actions)``, and no further arguments
+        """
+        one_hot, n_groups = None, None
+        if self.num_tasks > 1:
+            obs, one_hot, n_groups = split_tasks_and_groups(obs, self.num_tasks)  # type: ignore[arg-type]
+            obs = obs if self.observe_task else obs[:, : -self.num_tasks]
+        latent = self.latent_pi(self.extract_features(obs, self.features_extractor))  # (B, in)
+        # A rollout has a few rows of many tasks and does not train: there the composed parameters are kept
+        if n_groups is None and not self.training and not th.is_grad_enabled() and len(latent) <= 2 * self.num_tasks:
+            output = self._forward_cached(latent, one_hot)
+        else:
+            output = self.task_vectors.forward(self.compositional, latent, one_hot, n_groups)
+        mean_actions, log_std = output.reshape(len(latent), -1).chunk(2, dim=1)
+        return mean_actions, th.clamp(log_std, *self.log_std_bounds), {}
+
+    def train(self, mode: bool = True) -> "PaCoActor":
+        """
+        :param mode: Whether the network is about to be trained; what was composed before is forgotten then (a fused
+            optimiser does not count up the version of the parameters that it changes)
+        :return: This network
+        """
+        if mode:
+            self._composed_from = ()
+        return super().train(mode)
+
+    def _forward_cached(self, latent: th.Tensor, one_hot: th.Tensor | None) -> th.Tensor:
+        parameters = [*self.compositional.parameters(), self.task_vectors.w]
+        composed_from = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
+        if composed_from != self._composed_from:
+            self._composed = self.compositional.compose(self.task_vectors())
+            self._composed_from = composed_from
+        composed = self._composed  # (1, T, in, out)
+        if one_hot is not None:
+            task_ids = one_hot.argmax(dim=1)
+            # One row per task in order, as in a rollout with one sub-environment per task, needs no gathering
+            if not th.equal(task_ids, th.arange(self.num_tasks, device=task_ids.device)):
+                composed = [(weight[:, task_ids], bias[:, task_ids]) for weight, bias in composed]
+            latent = latent.unsqueeze(1)  # (B, 1, in): each row a group
+        else:
+            latent = latent.unsqueeze(0)
+        return self.compositional.forward_composed(latent, composed)
+
+    def single_task_layers(self, task_id: int) -> Layers:
+        """
+        :param task_id: The task
+        :return: Weight ``(in, out)`` and bias of each linear layer for this task; the last one gives mean and log standard
+            deviation
+        """
+        trunk = [(layer.weight.t(), layer.bias) for layer in self.latent_pi if isinstance(layer, nn.Linear)]
+        composed = self.compositional.compose(self.task_vectors()[task_id : task_id + 1])
+        return [*trunk, *((weight[0, 0], bias[0, 0, 0]) for weight, bias in composed)]
+
+
+class PaCoCritic(MTSACCritic):
+    """
+    SAC's critics with compositional layers, all in one batched product per layer.
+
+    The parameters not listed are those of SB3's ``ContinuousCritic``.
+
+    :param task_vectors: W, not registered as a parameter of this network
+    :param num_tasks: Number of tasks T
+    :param n_param_sets: Number of parameter sets K
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        task_vectors: TaskVectors,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        normalize_images: bool = True,
+        n_critics: int = 2,
+        share_features_extractor: bool = True,
+        num_tasks: int = 1,
+        n_param_sets: int = 5,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            net_arch,
+            features_extractor,
+            features_dim,
+            activation_fn,
+            normalize_images,
+            n_critics,
+            share_features_extractor,
+            num_tasks,
+            observe_task=False,
+        )
+        del self.q_stack
+        self.n_param_sets = n_param_sets
+        self.task_vectors = task_vectors
+        dims = [features_dim + action_space.shape[0], *net_arch, 1]
+        layers = []
+        for index in range(len(dims) - 1):
+            init = init_critic_hidden_ if index < len(net_arch) else init_critic_output_
+            layers.append(CompositionalLinear(dims[index], dims[index + 1], n_param_sets, n_critics, init))
+        self.compositional = CompositionalMLP(layers, activation_fn)
+
+    def q_values(self, obs: PyTorchObs, actions: th.Tensor, frozen: bool = False) -> th.Tensor:
+        """
+        :param obs: Observations ``(B, n + T)``, or ``(G, b, n + T)`` in groups that share their task (``B = G b``)
+        :param actions: Actions ``(B, n_actions)``
+        :param frozen: Hold the critics and W constant: the gradient flows to the actions only
+        :return: Values of all critics ``(n_critics, B, 1)``
+        """
+        network_input, one_hot, n_groups = self._network_input(obs, actions, frozen)
+        output = self.task_vectors.forward(self.compositional, network_input, one_hot, n_groups, frozen)
+        return output.reshape(self.n_critics, len(network_input), 1)
+
+    def single_task_layers(self, task_id: int) -> Layers:
+        """
+        :param task_id: The task
+        :return: Weight ``(n_critics, in, out)`` and bias ``(n_critics, out)`` of each linear layer for this task
+        """
+        composed = self.compositional.compose(self.task_vectors()[task_id : task_id + 1])
+        return [(weight[:, 0], bias[:, 0, 0]) for weight, bias in composed]
+
+
+class PaCoPolicy(MTSACPolicy):
+    """
+    Policy of PaCo: actor, critics and target critics composed from K parameter sets by one matrix W.
+
+    Paper: Parameter-Compositional Multi-Task Reinforcement Learning, https://arxiv.org/abs/2210.11653. The parameters not
+    listed are those of SB3's ``SACPolicy``; the defaults are those of the paper's Meta-World runs.
+
+    :param optimizer_kwargs: Additional keyword arguments of the optimisers; None with Adam: ``eps=1e-7`` as in the authors'
+        code
+    :param num_tasks: Number of tasks T
+    :param n_param_sets: Number of parameter sets K
+    :param w_init: How W starts, see ``init_compositional_vectors``
+    :param w_activation: What the layers use of W: "identity" (the paper), "softmax" or "l2" of each row
+    :param w_learning_rate: Learning rate of W; None: that of actor and critics
+    :param structure: "ac_shared": everything is compositional; "actor_only": ordinary critics that see the one-hot;
+        "output_only": only the actor's two heads are compositional, its ordinary trunk and the ordinary critics see the
+        one-hot (table 3 of the paper)
+    :param log_std_bounds: Lowest and highest log standard deviation of the actor
+    :raises ValueError: for a bad argument
+    """
+
+    actor: PaCoActor
+    critic: MTSACCritic
+    critic_target: MTSACCritic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        use_sde: bool = False,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        share_features_extractor: bool = False,
+        num_tasks: int = 1,
+        n_param_sets: int = 5,
+        w_init: str = "normal",
+        w_activation: str = "identity",
+        w_learning_rate: float | None = None,
+        structure: str = "ac_shared",
+        log_std_bounds: tuple[float, float] = (-10.0, 2.0),
+    ):
+        check_choice("w_activation", w_activation, W_ACTIVATIONS)
+        check_choice("structure", structure, STRUCTURES)
+        if use_sde:
+            raise ValueError("use_sde must be False, got True (PaCo's actor has a state dependent standard deviation)")
+        if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
+            optimizer_kwargs = dict(eps=1e-7, fused=True)
+        # Before super().__init__, which builds the networks
+        self.n_param_sets = n_param_sets
+        self.w_init = w_init
+        self.w_activation = w_activation
+        self.w_learning_rate = w_learning_rate
+        self.structure = structure
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            [400, 400, 400] if net_arch is None else net_arch,
+            activation_fn,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=features_extractor_kwargs,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            n_critics=n_critics,
+            share_features_extractor=share_features_extractor,
+            num_tasks=num_tasks,
+            log_std_bounds=log_std_bounds,
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.compositional_vectors = nn.Parameter(init_compositional_vectors(self.num_tasks, self.n_param_sets, self.w_init))
+        self.task_vectors = TaskVectors(self.compositional_vectors, self.w_activation)
+        self.gradient_gate = self.task_vectors.gate
+        super()._build(lr_schedule)
+        learning_rate = self.w_learning_rate if self.w_learning_rate is not None else lr_schedule(1)
+        self.w_optimizer = self.optimizer_class([self.compositional_vectors], lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        for name in ("use_sde", "log_std_init", "use_expln", "clip_mean", "n_heads", "observe_task"):
+            del data[name]
+        data.update(
+            n_param_sets=self.n_param_sets,
+            w_init=self.w_init,
+            w_activation=self.w_activation,
+            w_learning_rate=self.w_learning_rate,
+            structure=self.structure,
+        )
+        return data
+
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> PaCoActor:  # type: ignore[override]
+        compositional_trunk = self.structure != "output_only"
+        kwargs = self._network_kwargs(self.actor_kwargs, features_extractor, observe_task=not compositional_trunk)
+        for name in ("use_sde", "log_std_init", "use_expln", "clip_mean"):
+            del kwargs[name]
+        return PaCoActor(
+            **kwargs,
+            task_vectors=self.task_vectors,
+            n_param_sets=self.n_param_sets,
+            compositional_trunk=compositional_trunk,
+            log_std_bounds=self.log_std_bounds,
+        ).to(self.device)
+
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> MTSACCritic:
+        if self.structure != "ac_shared":
+            return super().make_critic(features_extractor)
+        kwargs = self._network_kwargs(self.critic_kwargs, features_extractor, observe_task=False)
+        return PaCoCritic(**kwargs, task_vectors=self.task_vectors, n_param_sets=self.n_param_sets).to(self.device)
+
+
+MlpPolicy = PaCoPolicy
+
+
+class CnnPolicy(PaCoPolicy):
+    """
+    Policy for image observations (one task only): ``PaCoPolicy`` with ``NatureCNN`` as its features extractor.
+    """
+
+    _default_features_extractor_class = NatureCNN
+
+
+class MultiInputPolicy(PaCoPolicy):
+    """
+    Policy for Dict observations (one task only): ``PaCoPolicy`` with ``CombinedExtractor`` as its features extractor.
+    """
+
+    _default_features_extractor_class = CombinedExtractor
