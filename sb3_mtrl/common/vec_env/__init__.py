@@ -1,0 +1,12 @@
+from sb3_mtrl.common.vec_env.make import make_multi_task_vec_env, preload_worker_imports
+from sb3_mtrl.common.vec_env.vec_task_assignment import VecTaskAssignment, split_tasks
+from sb3_mtrl.common.vec_env.vec_task_normalize import TaskMeanStd, VecTaskNormalize
+
+__all__ = [
+    "TaskMeanStd",
+    "VecTaskAssignment",
+    "VecTaskNormalize",
+    "make_multi_task_vec_env",
+    "preload_worker_imports",
+    "split_tasks",
+]

@@ -1,0 +1,104 @@
+import difflib
+import multiprocessing
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
+from sb3_mtrl.common.vec_env.vec_task_assignment import VecTaskAssignment
+
+
+def preload_worker_imports() -> None:
+    """
+    Let the workers of a ``SubprocVecEnv`` inherit the imports of this package, instead of each repeating them: PyTorch and
+    MuJoCo take seconds and 150 MiB per worker otherwise.
+
+    It counts for workers of the start method "forkserver" (SB3's choice where it exists) and must be called before the first
+    of them starts. It replaces what ``multiprocessing.set_forkserver_preload`` was given before.
+    """
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_forkserver_preload(["__main__", "sb3_mtrl", "metaworld"])
+
+
+def make_multi_task_vec_env(
+    env_id: str | Callable[..., gym.Env] = "MT10",
+    n_envs: int = 1,
+    seed: int | None = None,
+    start_index: int = 0,
+    monitor_dir: str | None = None,
+    wrapper_class: Callable[[gym.Env], gym.Env] | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    vec_env_cls: type[DummyVecEnv | SubprocVecEnv] | None = None,
+    vec_env_kwargs: dict[str, Any] | None = None,
+    monitor_kwargs: dict[str, Any] | None = None,
+    wrapper_kwargs: dict[str, Any] | None = None,
+) -> VecTaskAssignment:
+    """
+    SB3's ``make_vec_env`` for multi-task environments: the tasks are shared out among the sub-environments.
+
+    :param env_id: ``"MT10"`` (short for ``"MetaWorld-MT10-v3"``; also ``"MT10-short"``), any registered id, or a callable that
+        returns an environment
+    :param n_envs: Number of sub-environments, at least 1. With as many as there are tasks each has a task of its own
+    :param seed: Seed of the first reset; sub-environment i gets ``seed + i``
+    :param start_index: Added to the index of a sub-environment in its seed and in the name of its monitor file
+    :param monitor_dir: Folder of the monitor files; None writes none
+    :param wrapper_class: Wrapper of each sub-environment, outside of ``Monitor``
+    :param env_kwargs: Arguments of the environment
+    :param vec_env_cls: ``DummyVecEnv`` (default) or ``SubprocVecEnv`` (see :func:`preload_worker_imports`)
+    :param vec_env_kwargs: Arguments of the vector environment
+    :param monitor_kwargs: Arguments of ``Monitor``. Meta-World's files carry ``is_success`` and ``task_name`` unless
+        ``info_keywords`` is given
+    :param wrapper_kwargs: Arguments of ``wrapper_class``
+    :return: The vector environment, in a :class:`VecTaskAssignment`
+    :raises ValueError: if ``n_envs`` is below 1, the id is unknown, or the environment does not take tasks
+    """
+    if n_envs < 1:
+        raise ValueError(f"n_envs must be at least 1, got {n_envs}")
+    env_kwargs = dict(env_kwargs or {})
+    monitor_kwargs = dict(monitor_kwargs or {})
+    if isinstance(env_id, str):
+        spec = _find_spec(env_id)
+        # A spec instead of the id: worker processes have not registered our ids
+        env_id = partial(gym.make, spec)
+        env_kwargs.setdefault("render_mode", "rgb_array")
+        if spec.id.startswith("MetaWorld-"):
+            monitor_kwargs.setdefault("info_keywords", ("is_success", "task_name"))
+    if vec_env_cls is not None and issubclass(vec_env_cls, SubprocVecEnv):
+        preload_worker_imports()
+    venv = make_vec_env(
+        env_id,
+        n_envs=n_envs,
+        seed=seed,
+        start_index=start_index,
+        monitor_dir=monitor_dir,
+        wrapper_class=wrapper_class,
+        env_kwargs=env_kwargs,
+        vec_env_cls=vec_env_cls,
+        vec_env_kwargs=vec_env_kwargs,
+        monitor_kwargs=monitor_kwargs,
+        wrapper_kwargs=wrapper_kwargs,
+    )
+    try:
+        return VecTaskAssignment(venv)
+    except ValueError:
+        venv.close()
+        raise
+
+
+def _find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
+    import sb3_mtrl.envs  # noqa: F401  registers the Meta-World ids
+
+    short_for = f"MetaWorld-{env_id}-v3"
+    if short_for in gym.registry:
+        return gym.spec(short_for)
+    if env_id in gym.registry or ":" in env_id:
+        return gym.spec(env_id)
+    meta_world_ids = sorted(name for name in gym.registry if name.startswith("MetaWorld-"))
+    (nearest,) = difflib.get_close_matches(env_id, meta_world_ids, n=1, cutoff=0.0)
+    raise ValueError(
+        f"env_id must be a registered environment, got {env_id!r}; did you mean {nearest!r}? "
+        f"The Meta-World ids are {', '.join(meta_world_ids)}"
+    )
