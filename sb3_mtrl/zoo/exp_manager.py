@@ -1,0 +1,305 @@
+"""
+RL Zoo's experiment manager for multi-task algorithms. For every other algorithm it is the manager it was.
+
+What it adds for ours:
+
+* The hyperparameters come from ``hyperparams/<algo>.yml`` of this package (``-conf`` still wins). Keys beyond RL Zoo's:
+  ``batch_size_per_task`` (instead of ``batch_size``), ``random_baseline`` and ``tuning_objective`` (both below); the value
+  ``num_tasks`` stands for the number of tasks (``n_envs: num_tasks``).
+* ``env_kwargs`` of the file reach the evaluation environment; ``--eval-env-kwargs`` is laid over them.
+* Sub-environments share the tasks out (``VecTaskAssignment``), also where no ``vec_env_wrapper`` asks for it.
+* Evaluation visits every task equally often, on goals that stay the same during the run and belong to a seed of their own.
+* ``normalize`` builds ``VecTaskNormalize`` for multi-task environments, which leaves the one-hot of the task alone.
+* A run that is short for its warm-up (``-n`` below ten times ``learning_starts``) warms up for a tenth of it, else ``-n 6000``
+  would never update a network. ``-params learning_starts:...`` is taken as it is.
+* A run that continues with its replay buffer (``-i``, after ``--save-replay-buffer``) does not warm up again.
+* A table of the tasks is printed at the end of a training, from the last evaluation (so not with ``--eval-freq -1``);
+  ``-params random_baseline:True`` puts a random policy beside it.
+
+``-optimize`` maximises the success rate, averaged over the tasks, where the environment reports ``is_success``, and else the
+mean reward; pruning looks at the same number. ``-params "tuning_objective:'mean_reward'"`` asks for the mean reward in any
+case.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import optuna
+from gymnasium import spaces
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
+from rl_zoo3.utils import ALGOS, get_callback_list
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, LogEveryNTimesteps
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import PolicyPredictor
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
+
+from sb3_mtrl.common.callbacks import DEFAULT_EVAL_SEED, MultiTaskEvalCallback
+from sb3_mtrl.common.evaluation import MultiTaskEvaluation, RandomPolicy, evaluate_multi_task_policy, format_task_table
+from sb3_mtrl.common.vec_env import VecTaskNormalize
+from sb3_mtrl.zoo.algorithms import ALGORITHMS
+from sb3_mtrl.zoo.utils import hyperparams_path
+
+if TYPE_CHECKING:
+    from rl_zoo3.exp_manager import ExperimentManager
+else:
+    # The mixin is put before RL Zoo's class when that one was loaded, see sb3_mtrl.zoo.patches
+    ExperimentManager = object
+
+TASK_ASSIGNMENT = "sb3_mtrl.common.vec_env.VecTaskAssignment"
+TUNING_OBJECTIVES = ("success_rate", "mean_reward")
+
+
+class MultiTaskTrialEvalCallback(MultiTaskEvalCallback):
+    """
+    Evaluate a trial on every task, report the objective to Optuna and stop the trial if it is to be pruned.
+
+    :param eval_env: The environment to evaluate on
+    :param trial: The trial
+    :param objective: "success_rate" (mean reward where the environment reports no success) or "mean_reward"
+    :param kwargs: Further arguments of ``MultiTaskEvalCallback``
+    """
+
+    def __init__(self, eval_env: VecEnv, trial: optuna.Trial, objective: str = "success_rate", **kwargs: Any) -> None:
+        super().__init__(eval_env, **kwargs)
+        self.trial = trial
+        self.objective = objective
+        self.value = float("-inf")
+        self.eval_idx = 0
+        self.is_pruned = False
+
+    def _on_step(self) -> bool:
+        continue_training = super()._on_step()
+        if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
+            self.eval_idx += 1
+            by_success = self.objective == "success_rate" and bool(self.last_task_success)
+            self.value = self.last_success_rate if by_success else self.last_mean_reward
+            self.trial.report(self.value, self.eval_idx)
+            if self.trial.should_prune():
+                self.is_pruned = True
+                return False
+        return continue_training
+
+
+class MultiTaskExperimentMixin(ExperimentManager):
+    """
+    Placed before RL Zoo's ``ExperimentManager``, it acts where ``algo`` is one of ours. The parameters are those of
+    ``ExperimentManager``.
+    """
+
+    def __init__(self, args: Any, algo: str, *rest: Any, **kwargs: Any) -> None:
+        super().__init__(args, algo, *rest, **kwargs)
+        self.is_multi_task_algorithm = algo in ALGORITHMS
+        self.num_tasks = 1
+        self.tuning_objective = TUNING_OBJECTIVES[0]
+        self.random_baseline = False
+        self.eval_callback: MultiTaskEvalCallback | None = None
+        if self.is_multi_task_algorithm and kwargs.get("config") is None:
+            self.config = str(hyperparams_path(algo))
+
+    # ---------------------------------------------------------- hyperparameters
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        hyperparams, saved_hyperparams = super().read_hyperparameters()
+        if self.is_multi_task_algorithm:
+            if self.storage and self.study_name and self.trial_id == 0:
+                # RL Zoo takes number 0 for "no trial"
+                trial = self.load_trial(self.storage, self.study_name, 0)
+                trial.update(self.custom_hyperparams or {})
+                hyperparams.update(trial)
+                saved_hyperparams.update(trial)
+            shares_tasks = self._probe_env(hyperparams.get("env_kwargs") or self.env_kwargs)
+            if shares_tasks and "vec_env_wrapper" not in hyperparams:
+                # Into the saved ones, too: enjoy reads them
+                hyperparams["vec_env_wrapper"] = saved_hyperparams["vec_env_wrapper"] = TASK_ASSIGNMENT
+            if "batch_size" in (self.custom_hyperparams or {}):
+                hyperparams.pop("batch_size_per_task", None)
+            hyperparams = self._resolve_num_tasks(hyperparams)
+        return hyperparams, saved_hyperparams
+
+    def _probe_env(self, env_kwargs: dict[str, Any]) -> bool:
+        """
+        Learn the number of tasks, and refuse an environment that no run could use before any folder is made for the run.
+
+        :return: Whether the tasks can be shared out to the sub-environments
+        """
+        env_id = self.env_name.gym_id
+        env = gym.spec(env_id).make(**env_kwargs)
+        try:
+            if not isinstance(env.action_space, spaces.Box):
+                raise ValueError(
+                    f"{self.algo} needs an environment with continuous actions (a Box action space), {env_id} has "
+                    f"{env.action_space}: pass another one, e.g. --env MetaWorld-MT10-v3"
+                )
+            self.num_tasks = int(getattr(env.unwrapped, "num_tasks", 1))
+            return hasattr(env.unwrapped, "set_tasks")
+        finally:
+            env.close()
+
+    def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
+        if not self.is_multi_task_algorithm:
+            return super()._preprocess_hyperparams(hyperparams)
+        self.tuning_objective = hyperparams.pop("tuning_objective", self.tuning_objective)
+        if self.tuning_objective not in TUNING_OBJECTIVES:
+            raise ValueError(f"tuning_objective must be one of {', '.join(TUNING_OBJECTIVES)}, got {self.tuning_objective!r}")
+        self.random_baseline = hyperparams.pop("random_baseline", self.random_baseline)
+        processed = super()._preprocess_hyperparams(hyperparams)
+        # RL Zoo settles this before it reads the file
+        self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}
+        self._shorten_warm_up(processed[0])
+        if self.log_interval == -1 and any(isinstance(callback, LogEveryNTimesteps) for callback in processed[2]):
+            # SB3 counts episodes: sub-environments that end together would write as many logs for one time step
+            self.log_interval = -2
+        return processed
+
+    def _shorten_warm_up(self, hyperparams: dict[str, Any]) -> None:
+        if "learning_starts" not in hyperparams or "learning_starts" in (self.custom_hyperparams or {}):
+            return
+        longest = self.n_timesteps // 10
+        if hyperparams["learning_starts"] > longest:
+            print(f"learning_starts={hyperparams['learning_starts']} is long for {self.n_timesteps} steps, using {longest}")
+            hyperparams["learning_starts"] = longest
+
+    def _resolve_num_tasks(self, hyperparams: dict[str, Any]) -> dict[str, Any]:
+        """Replace what is given per task or as "num_tasks" by the number it means for this environment."""
+        resolved = {key: self.num_tasks if value == "num_tasks" else value for key, value in hyperparams.items()}
+        if "batch_size_per_task" in resolved:
+            resolved["batch_size"] = resolved.pop("batch_size_per_task") * self.num_tasks
+        return resolved
+
+    # ------------------------------------------------------------- environments
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        env = super().create_envs(n_envs, eval_env, no_log)
+        if self.is_multi_task_algorithm and eval_env:
+            env.seed(DEFAULT_EVAL_SEED)
+        return env
+
+    def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
+        has_tasks = self.is_multi_task_algorithm and env.has_attr("num_tasks")
+        # Statistics of a run to be continued keep the class they were saved with
+        stats_path = Path(self.trained_agent).parent / self.env_name / "vecnormalize.pkl"
+        if not (has_tasks and self.normalize) or stats_path.exists():
+            return super()._maybe_normalize(env, eval_env)
+        kwargs = dict(self.normalize_kwargs)
+        if eval_env:
+            kwargs.update(training=False, norm_reward=False)
+        if self.verbose > 0:
+            print(f"Normalization per task activated: {kwargs}")
+        return VecTaskNormalize(env, **kwargs)
+
+    # ----------------------------------------------------------------- training
+
+    def create_callbacks(self) -> None:
+        n_specified = len(self.callbacks)
+        super().create_callbacks()
+        if not self.is_multi_task_algorithm:
+            return
+        for index, callback in enumerate(self.callbacks[n_specified:], n_specified):
+            if type(callback) is EvalCallback:
+                self.callbacks[index] = self.eval_callback = MultiTaskEvalCallback(
+                    callback.eval_env,
+                    callback_on_new_best=callback.callback_on_new_best,
+                    best_model_save_path=callback.best_model_save_path,
+                    n_eval_episodes=callback.n_eval_episodes,
+                    log_path=self.save_path,
+                    eval_freq=callback.eval_freq,
+                    deterministic=callback.deterministic,
+                )
+
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+        model = super()._load_pretrained_agent(hyperparams, env)
+        if self.is_multi_task_algorithm and isinstance(model, OffPolicyAlgorithm):
+            if model.replay_buffer is not None and model.replay_buffer.size() > 0:
+                print("The replay buffer was restored: no warm-up (learning_starts=0)")
+                model.learning_starts = 0
+        return model
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        super().learn(model)
+        if self.is_multi_task_algorithm:
+            self._log_rest(model)
+        if self.eval_callback is not None:
+            if self.eval_callback.eval_env.has_attr("num_tasks"):
+                self._print_task_table(model, self.eval_callback)
+            self.eval_callback.eval_env.close()
+
+    def _log_rest(self, model: BaseAlgorithm) -> None:
+        """Log what came after the last full interval, which is everything if the run was shorter than one."""
+        for callback in self.callbacks:
+            if isinstance(callback, LogEveryNTimesteps) and callback.last_time_trigger < model.num_timesteps:
+                model.dump_logs()
+
+    def _print_task_table(self, model: BaseAlgorithm, callback: MultiTaskEvalCallback) -> None:
+        def evaluate(predictor: PolicyPredictor) -> MultiTaskEvaluation:
+            return evaluate_multi_task_policy(
+                predictor,
+                callback.eval_env,
+                n_eval_episodes_per_task=callback.n_eval_episodes_per_task,
+                deterministic=callback.deterministic,
+                seed=callback.seed,
+                warn=False,
+            )
+
+        evaluation = callback.last_evaluation
+        if evaluation is None or callback.evaluations_timesteps[-1] != model.num_timesteps:
+            if model.get_vec_normalize_env() is not None:
+                sync_envs_normalization(callback.training_env, callback.eval_env)
+            evaluation = evaluate(model)
+        evaluations = {f"after {model.num_timesteps} steps": evaluation}
+        if self.random_baseline:
+            env = callback.eval_env
+            evaluations["random policy"] = evaluate(RandomPolicy(env.observation_space, env.action_space, callback.seed))
+        print(format_task_table(evaluations))
+
+    # ------------------------------------------------------------------- tuning
+
+    def objective(self, trial: optuna.Trial) -> float:
+        if not self.is_multi_task_algorithm:
+            return super().objective(trial)
+        sampled_hyperparams = HYPERPARAMS_SAMPLER[self.algo](
+            trial,
+            self.n_actions,
+            self.n_envs,
+            {"using_her_replay_buffer": False, "her_kwargs": {}, "num_tasks": self.num_tasks},
+        )
+        hyperparams = self._resolve_num_tasks({**self._hyperparams, **sampled_hyperparams})
+        env = self.create_envs(self.n_envs, no_log=True)
+        eval_env = self.create_envs(self.n_eval_envs, eval_env=True)
+        try:
+            # RL Zoo does not seed trials either: equal hyperparameters are to be tried with different seeds
+            model = ALGOS[self.algo](
+                env=env, seed=None, verbose=self.verbose if self.verbose >= 2 else 0, device=self.device, **hyperparams
+            )
+            eval_callback = self._trial_eval_callback(trial, eval_env)
+            callbacks: list[BaseCallback] = [*get_callback_list({"callback": self.specified_callbacks}), eval_callback]
+            try:
+                model.learn(self.n_timesteps, callback=callbacks)
+            except (AssertionError, ValueError) as error:
+                # Hyperparameters that lead to NaN are bad ones, not an end of the study
+                print(f"Trial {trial.number} pruned: {error}\nSampled hyperparameters: {sampled_hyperparams}")
+                raise optuna.TrialPruned() from error
+        finally:
+            env.close()
+            eval_env.close()
+        if eval_callback.is_pruned:
+            raise optuna.TrialPruned()
+        return eval_callback.value
+
+    def _trial_eval_callback(self, trial: optuna.Trial, eval_env: VecEnv) -> MultiTaskTrialEvalCallback:
+        path = None
+        if self.optimization_log_path is not None:
+            path = os.path.join(self.optimization_log_path, f"trial_{trial.number}")
+        return MultiTaskTrialEvalCallback(
+            eval_env,
+            trial,
+            self.tuning_objective,
+            best_model_save_path=path,
+            log_path=path,
+            n_eval_episodes=self.n_eval_episodes,
+            eval_freq=max(self.n_timesteps // self.n_evaluations // self.n_envs, 1),
+            deterministic=self.deterministic_eval,
+            verbose=0,
+        )

@@ -1,0 +1,19 @@
+from pathlib import Path
+
+import sb3_mtrl
+
+
+def hyperparams_path(algo: str) -> Path:
+    """
+    File with the default hyperparameters of an algorithm.
+
+    :param algo: Name of the algorithm in RL Zoo
+    :return: The YAML file in the installed package, or in the root of a source checkout (editable installation)
+    :raises FileNotFoundError: if there is none
+    """
+    package = Path(sb3_mtrl.__file__).parent
+    candidates = [folder / "hyperparams" / f"{algo}.yml" for folder in (package, package.parent)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"no hyperparameters for {algo}: looked for {' and '.join(map(str, candidates))}")
