@@ -313,7 +313,8 @@ def test_entries_construct(algo: str, env_id: str, tmp_path: Path, monkeypatch: 
         model, _ = manager.setup_experiment()
     assert type(model) is ALGORITHMS[algo].algorithm_class
     assert model.num_tasks == num_tasks and model.n_envs == num_tasks
-    assert model.batch_size == (256 if num_tasks == 1 else 128 * num_tasks)
+    rows_per_task = 64 if "Quickstart" in env_id else 128
+    assert model.batch_size == (256 if num_tasks == 1 else rows_per_task * num_tasks)
     # One update per vector step: what "one update per T environment steps" of the published set-ups means
     assert model.train_freq.frequency == 1 and model.gradient_steps == 1
     assert model.env.get_attr("assigned_tasks") == [(task,) for task in range(num_tasks)]

@@ -2,7 +2,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from sb3_mtrl.envs.metaworld import SUITES, MetaWorldMultiTaskEnv, list_tasks
+from sb3_mtrl.envs.metaworld import QUICKSTART_TASKS, SUITES, MetaWorldMultiTaskEnv, list_tasks
 
 # suffix of the id -> what it changes. An id says everything about its environment: RL Zoo does not
 # hand the ``env_kwargs`` of a YAML file to the evaluation environment.
@@ -29,8 +29,13 @@ def register_envs() -> None:
     for name, entry_point, kwargs in entries:
         for suffix, variant in VARIANTS.items():
             env_id = f"MetaWorld-{name}{suffix}-v3"
-            if env_id not in gym.registry:
-                gym.register(id=env_id, entry_point=entry_point, kwargs={**kwargs, **variant})
+            _register(env_id, entry_point, {**kwargs, **variant})
+    _register("MetaWorld-Quickstart-v3", f"{module}:MetaWorldMultiTaskEnv", {"tasks": QUICKSTART_TASKS, "horizon": 150})
+
+
+def _register(env_id: str, entry_point: str, kwargs: dict[str, Any]) -> None:
+    if env_id not in gym.registry:
+        gym.register(id=env_id, entry_point=entry_point, kwargs=kwargs)
 
 
 register_envs()

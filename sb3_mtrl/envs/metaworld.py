@@ -17,6 +17,8 @@ SUITES = ("MT3", "MT10", "MT25", "MT50")
 CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
 # The set that PaCo's paper draws its method with (figure 1)
 MT3_TASKS = ("reach-v3", "push-v3", "peg-insert-side-v3")
+# Tasks on which a few minutes of training on a CPU show something; for trying things out, not for results
+QUICKSTART_TASKS = ("reach-v3", "drawer-close-v3", "handle-press-v3", "door-close-v3")
 HOW_TO_LIST = "sb3_mtrl.envs.list_tasks() lists all tasks"
 BASE_OBS_DIM = 39
 N_GOALS = 50

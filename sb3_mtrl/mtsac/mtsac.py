@@ -612,7 +612,7 @@ class MTSAC(SAC):
 
         :raises ValueError: if it holds other tasks or observations; the model keeps its own then
         """
-        own_buffer = self.replay_buffer
+        own_buffer = getattr(self, "replay_buffer", None)
         super().load_replay_buffer(path, truncate_last_traj)
         loaded = self.replay_buffer
         assert loaded is not None
@@ -649,14 +649,14 @@ class MTSAC(SAC):
         """
         Load parameters from a given zip-file or a nested dictionary, see SB3's ``set_parameters``.
 
-        :raises ValueError: if they are of a model of other shapes, e.g. of another number of tasks; nothing is changed then
+        :raises RuntimeError: if they are of a model of other shapes, e.g. of another number of tasks; nothing is changed then
         """
         before = copy.deepcopy(self.get_parameters())
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
         except RuntimeError as e:
             super().set_parameters(before, True, device)  # type: ignore[arg-type]
-            raise ValueError(
+            raise RuntimeError(
                 f"the parameters do not fit this model of num_tasks={self.num_tasks} "
                 f"(other tasks, networks or parameter sets?): {e}"
             ) from e

@@ -4,6 +4,7 @@ from typing import Any
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ContinuousCritic
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -85,8 +86,8 @@ class MTSACActor(Actor):
         self.log_std_bounds = log_std_bounds
         if n_heads == "per_task":
             last_layer_dim = net_arch[-1] if len(net_arch) > 0 else features_dim
-            self.mu = TaskHeads(last_layer_dim, self.action_space.shape[0], num_tasks)
-            self.log_std = TaskHeads(last_layer_dim, self.action_space.shape[0], num_tasks)  # type: ignore[assignment]
+            self.mu = TaskHeads(last_layer_dim, get_action_dim(action_space), num_tasks)
+            self.log_std = TaskHeads(last_layer_dim, get_action_dim(action_space), num_tasks)  # type: ignore[assignment]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -199,7 +200,7 @@ class MTSACCritic(ContinuousCritic):
         self.task_heads: TaskHeads | None = None
         if n_heads == "per_task":
             networks = [network[:-1] for network in networks]
-            last_layer_dim = net_arch[-1] if len(net_arch) > 0 else features_dim + action_space.shape[0]
+            last_layer_dim = net_arch[-1] if len(net_arch) > 0 else features_dim + get_action_dim(action_space)
             self.task_heads = TaskHeads(last_layer_dim, 1, num_tasks, n_networks=n_critics)
         self.q_stack = StackedMLP(networks)
 

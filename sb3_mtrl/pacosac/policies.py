@@ -3,6 +3,7 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN, create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
@@ -19,6 +20,8 @@ from sb3_mtrl.common.torch_layers import (
 )
 from sb3_mtrl.mtsac.policies import MTSACActor, MTSACCritic, MTSACPolicy, split_tasks_and_groups
 
+# Arguments of SB3's actor that PaCo's does not have
+GSDE_ARGUMENTS = ("use_sde", "log_std_init", "use_expln", "clip_mean")
 STRUCTURES = ("ac_shared", "actor_only", "output_only")
 
 
@@ -154,11 +157,22 @@ class PaCoActor(MTSACActor):
         else:
             self.latent_pi = nn.Sequential(*create_mlp(features_dim, -1, net_arch, activation_fn))
         # Mean and log standard deviation side by side: one product
-        head = CompositionalLinear(dims[-1], 2 * self.action_space.shape[0], n_param_sets, init=init_actor_head_)
+        head = CompositionalLinear(dims[-1], 2 * get_action_dim(action_space), n_param_sets, init=init_actor_head_)
         self.compositional = CompositionalMLP([*hidden, head], activation_fn)
         # Composed parameters of all tasks, and the parameters (identity and version) that they were composed from
         self._composed: list[tuple[th.Tensor, th.Tensor]] = []
         self._composed_from: tuple[tuple[int, int], ...] = ()
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        for name in (*GSDE_ARGUMENTS, "full_std", "n_heads", "observe_task"):
+            del data[name]
+        data.update(
+            task_vectors=self.task_vectors,
+            n_param_sets=self.n_param_sets,
+            compositional_trunk=not self.observe_task,
+        )
+        return data
 
     def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
         """
@@ -258,7 +272,7 @@ class PaCoCritic(MTSACCritic):
         del self.q_stack
         self.n_param_sets = n_param_sets
         self.task_vectors = task_vectors
-        dims = [features_dim + action_space.shape[0], *net_arch, 1]
+        dims = [features_dim + get_action_dim(action_space), *net_arch, 1]
         layers = []
         for index in range(len(dims) - 1):
             init = init_critic_hidden_ if index < len(net_arch) else init_critic_output_
@@ -372,7 +386,7 @@ class PaCoPolicy(MTSACPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
-        for name in ("use_sde", "log_std_init", "use_expln", "clip_mean", "n_heads", "observe_task"):
+        for name in (*GSDE_ARGUMENTS, "n_heads", "observe_task"):
             del data[name]
         data.update(
             n_param_sets=self.n_param_sets,
@@ -386,7 +400,7 @@ class PaCoPolicy(MTSACPolicy):
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> PaCoActor:  # type: ignore[override]
         compositional_trunk = self.structure != "output_only"
         kwargs = self._network_kwargs(self.actor_kwargs, features_extractor, observe_task=not compositional_trunk)
-        for name in ("use_sde", "log_std_init", "use_expln", "clip_mean"):
+        for name in GSDE_ARGUMENTS:
             del kwargs[name]
         return PaCoActor(
             **kwargs,
