@@ -2,6 +2,7 @@
 
 import torch as th
 from stable_baselines3 import SAC
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_mtrl import MTSAC
@@ -45,3 +46,6 @@ class DropTasks:
 
     def after_update(self, dropped: th.Tensor) -> None:
         self.after.append(dropped)
+
+    def log_to(self, logger: Logger, task_names: tuple[str, ...]) -> None:
+        pass

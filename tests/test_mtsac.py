@@ -9,7 +9,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mtrl import MTSAC, PaCoSAC
 from sb3_mtrl.common.callbacks import LossMaskoutCallback, WResetCallback
-from sb3_mtrl.common.vec_env import VecTaskNormalize
+from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize
 from tests.models import NUM_TASKS, DropTasks, make_env, make_model, parameters_of
 from tests.tiny_envs import PointTasksEnv
 
@@ -162,6 +162,7 @@ def test_per_task_values_are_logged_once_per_dump():
     for task_name in model.task_names:
         assert recorded[f"train/ent_coef/{task_name}"] > 0
         assert np.isfinite(recorded[f"train/critic_loss/{task_name}"])
+        assert np.isfinite(recorded[f"train/actor_loss/{task_name}"])
     mean = np.mean([recorded[f"train/critic_loss/{name}"] for name in model.task_names])
     assert recorded["train/critic_loss"] == pytest.approx(mean, rel=1e-6)
     assert recorded["train/n_updates"] == 27
@@ -222,7 +223,9 @@ def test_normalised_training_runs_and_plain_vecnormalize_is_refused():
     assert all(tensor.isfinite().all() for tensor in parameters_of(model).values())
     with pytest.raises(ValueError, match="VecTaskNormalize"):
         make_model(env=VecNormalize(make_env()))
-    make_model(env=VecNormalize(make_env(), norm_obs=False))
+    model = make_model(env=VecNormalize(make_env(), norm_obs=False))
+    with pytest.raises(ValueError, match="VecTaskNormalize"):
+        model.set_env(VecNormalize(make_env()))
 
 
 @pytest.mark.parametrize("n_envs", [1, 2, 4])
@@ -279,6 +282,39 @@ def test_a_wrong_one_hot_length_is_refused():
 def test_an_env_without_continuous_actions_is_refused(algorithm):
     with pytest.raises(AssertionError, match="Discrete"):
         algorithm("MlpPolicy", "CartPole-v1")
+
+
+class OtherTasksEnv(PointTasksEnv):
+    """As many tasks with other names."""
+
+    def __init__(self) -> None:
+        super().__init__(NUM_TASKS)
+        self.task_names = ("other-0", "other-1", "other-2")
+
+
+def test_other_tasks_of_the_same_number_are_warned_about():
+    model = make_model()
+    with pytest.warns(UserWarning, match=r"made for the tasks point-0, .* other tasks .*: other-0"):
+        model.set_env(VecTaskAssignment(DummyVecEnv([OtherTasksEnv] * 3)))
+
+
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+def test_observations_that_are_not_finite_stay_with_their_task(order):
+    """All tasks share the weights here, and a zero loss times an infinite input would be NaN."""
+    model = make_model(collect=60, optimizer_order=order)
+    LossMaskoutCallback(loss="critic").init_callback(model)
+    buffer = model.replay_buffer
+    buffer._rows[: buffer.capacity_per_task, buffer._columns["obs"]] = np.inf
+    model.train(2)
+    assert model.dropped_updates.tolist() == [2, 0, 0]
+    assert all(tensor.isfinite().all() for tensor in parameters_of(model).values())
+
+
+def test_a_task_that_is_always_left_out_is_warned_about():
+    model = make_model(learning_starts=10)
+    model.add_update_guard(DropTasks([False, True, False]))
+    with pytest.warns(UserWarning, match="left out point-1: this does not mend itself"):
+        model.learn(120, log_interval=None).dump_logs()
 
 
 @pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC])

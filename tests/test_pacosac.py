@@ -415,13 +415,50 @@ def test_a_vector_that_is_not_finite_or_overflows_is_reset(value):
     assert model.policy.compositional_vectors[0].abs().max() < 100
 
 
-def test_observations_that_are_not_finite_stay_with_their_task():
-    model = make_model(PaCoSAC, collect=60)
+@pytest.mark.parametrize("structure", ["ac_shared", "actor_only", "output_only"])
+def test_observations_that_are_not_finite_stay_with_their_task(structure):
+    model = make_model(PaCoSAC, collect=60, structure=structure)
     buffer = model.replay_buffer
     buffer._rows[: buffer.capacity_per_task, buffer._columns["obs"]] = np.nan
     model.train(2)
     assert model.dropped_updates.tolist() == [2, 0, 0]
     assert all(tensor.isfinite().all() for tensor in parameters_of(model).values())
+
+
+def test_infinite_losses_explode_at_any_threshold():
+    model = make_model(PaCoSAC, collect=60, maskout_threshold=float("inf"))
+    explode(model, 2, np.inf)
+    model.train(1)
+    assert model.dropped_updates.tolist() == [0, 0, 1]
+
+
+def test_the_gate_is_open_after_an_update():
+    model = make_model(PaCoSAC, collect=60)
+    explode(model, 0)
+    model.train(1)
+    assert model.policy.gradient_gate.dropped_groups is None
+
+
+def test_moments_that_are_not_finite_are_forgotten_at_a_reset():
+    model = make_model(PaCoSAC, collect=60)
+    model.train(1)
+    model.policy.w_optimizer.state[model.policy.compositional_vectors]["exp_avg"][1] = np.nan
+    model.train(1)  # spoils the vector of task 1
+    model.train(3)  # resets it once
+    assert model.w_reset_callback.resets.tolist() == [0, 1, 0]
+    assert model.policy.compositional_vectors.isfinite().all()
+
+
+def test_resets_and_vectors_are_logged():
+    model = make_model(PaCoSAC, collect=60)
+    explode(model, 1)
+    model.train(2)
+    recorded = {}
+    model.logger.dump = lambda step: recorded.update(model.logger.name_to_value)
+    model.dump_logs()
+    assert recorded["train/w_resets"] == recorded["train/w_resets/point-1"] == 2
+    norm = model.policy.compositional_vectors[0].norm().item()
+    assert recorded["train/w_norm/point-0"] == pytest.approx(norm)
 
 
 def test_nothing_is_reset_when_every_task_explodes():
@@ -521,6 +558,7 @@ def test_w_learning_rate_and_schedule():
         (dict(w_learning_rate=-1e-4), "w_learning_rate must be at least 0 or None"),
         (dict(use_sde=True), "use_sde must be False, got True"),
         (dict(policy_kwargs=dict(w_activation="relu")), "w_activation must be one of"),
+        (dict(structure="actor_only", policy_kwargs=dict(share_features_extractor=True)), "share_features_extractor must be"),
     ],
 )
 def test_bad_arguments(kwargs, message):

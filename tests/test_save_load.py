@@ -5,11 +5,14 @@ import io
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3 import SAC
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mtrl import MTSAC, PaCoSAC
+from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.policies import export_onnx
+from sb3_mtrl.common.vec_env import VecTaskNormalize
 from tests.models import NUM_TASKS, make_env, make_model, parameters_of
 from tests.tiny_envs import PointTasksEnv
 
@@ -86,9 +89,14 @@ def test_loading_for_other_tasks_is_refused(algorithm, tmp_path):
         algorithm.load(tmp_path / "model.zip", env=make_env(2), device="cpu")
     other = make_model(algorithm, env=make_env(2), collect=30)
     own_buffer = other.replay_buffer
-    with pytest.raises(ValueError, match=r"num_tasks=2, got .* with num_tasks=3"):
+    with pytest.raises(ValueError, match=r"'num_tasks': 2, .* got .*'num_tasks': 3"):
         other.load_replay_buffer(tmp_path / "buffer.pkl")
     assert other.replay_buffer is own_buffer
+    sac = SAC("MlpPolicy", make_env(), device="cpu")
+    sac.save_replay_buffer(tmp_path / "sac.pkl")
+    with pytest.raises(ValueError, match="a ReplayBuffer of"):
+        model.load_replay_buffer(tmp_path / "sac.pkl")
+    assert isinstance(model.replay_buffer, MultiTaskReplayBuffer)
 
 
 @pytest.mark.parametrize(
@@ -127,11 +135,15 @@ def test_loading_from_a_file_object_and_with_another_number_of_sub_environments(
     file = io.BytesIO()
     model.save(file)
     file.seek(0)
+    buffer_file = io.BytesIO()
+    model.save_replay_buffer(buffer_file)
+    buffer_file.seek(0)
     loaded = algorithm.load(file, env=make_env(n_envs=2), device="cpu")
-    loaded.replay_buffer = model.replay_buffer
-    loaded.replay_buffer.n_envs = 3
-    assert loaded.n_envs == 2
-    loaded.predict(random_observations())
+    loaded.load_replay_buffer(buffer_file)
+    n_updates = loaded._n_updates
+    loaded.learn(40)
+    assert loaded.replay_buffer.size() == 60 + 40
+    assert loaded._n_updates > n_updates
 
 
 @pytest.mark.parametrize(("algorithm", "kwargs"), VARIANTS)
@@ -162,6 +174,43 @@ def test_export_of_a_single_task_model():
         model.predict(observations, deterministic=True)[0],
         atol=1e-6,
     )
+
+
+def test_a_file_of_another_algorithm_is_refused(tmp_path):
+    make_model(PaCoSAC).save(tmp_path / "paco.zip")
+    with pytest.raises(ValueError, match="policy must be one of MTSAC's, got PaCoPolicy"):
+        MTSAC.load(tmp_path / "paco.zip", device="cpu")
+    make_model(MTSAC).save(tmp_path / "mtsac.zip")
+    with pytest.raises(ValueError, match="policy must be a subclass of PaCoPolicy or one of its names, got MTSACPolicy"):
+        PaCoSAC.load(tmp_path / "mtsac.zip", device="cpu")
+
+
+def test_learning_rates_given_at_loading_count(tmp_path):
+    make_model(PaCoSAC, learning_starts=20).learn(60).save(tmp_path / "model.zip")
+    loaded = PaCoSAC.load(
+        tmp_path / "model.zip", env=make_env(), ent_coef_learning_rate=1e-2, w_learning_rate=1e-5, device="cpu"
+    )
+    loaded.learn(30)
+    assert loaded.ent_coef_optimizer.param_groups[0]["lr"] == 1e-2
+    assert loaded.policy.w_optimizer.param_groups[0]["lr"] == 1e-5
+
+
+def test_w_reset_goes_on_where_it_was(tmp_path):
+    model = make_model(PaCoSAC)
+    callback = model.w_reset_callback
+    callback.after_update(th.tensor([True, False, False]))
+    model.save(tmp_path / "model.zip")
+    loaded = PaCoSAC.load(tmp_path / "model.zip", env=make_env(), device="cpu")
+    assert loaded.w_reset_callback.resets.tolist() == [1, 0, 0]
+    for one in (model, loaded):
+        one.w_reset_callback.after_update(th.tensor([False, True, False]))
+    assert th.equal(loaded.policy.compositional_vectors, model.policy.compositional_vectors)
+
+
+def test_export_of_a_normalised_model_warns():
+    model = make_model(MTSAC, env=VecTaskNormalize(make_env()))
+    with pytest.warns(UserWarning, match="normalised"):
+        model.export_task_policy(0)
 
 
 def test_export_refuses_unknown_tasks():

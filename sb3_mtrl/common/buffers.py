@@ -84,7 +84,6 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         self.buffer_size = self.capacity_per_task * num_tasks
         self._columns = self._layout()
         self._rows = np.zeros((self.buffer_size, self._row_width), dtype=np.float32)  # touched lazily by the system
-        self._incoming = np.zeros((n_envs, self._row_width), dtype=np.float32)
         # Per task: where the next row goes, and whether the ring has gone round (SB3's names, one entry per task)
         self.pos = np.zeros(num_tasks, dtype=np.int64)  # type: ignore[assignment]
         self.full = np.zeros(num_tasks, dtype=bool)  # type: ignore[assignment]
@@ -160,7 +159,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         :raises ValueError: if an observation does not end in a one-hot, or an extra column has no value
         """
         task_ids = task_ids_from_observation(obs, self.num_tasks)
-        rows, columns = self._incoming, self._columns
+        rows, columns = np.empty((self.n_envs, self._row_width), dtype=np.float32), self._columns
         rows[:, columns["obs"]] = obs[:, : -self.num_tasks]
         rows[:, columns["next_obs"]] = next_obs[:, : -self.num_tasks]
         rows[:, columns["action"]] = action.reshape(self.n_envs, self.action_dim)

@@ -420,13 +420,21 @@ class LossMaskoutCallback(BaseCallback):
         if self.loss == "total":
             for part in (task_losses.actor, task_losses.ent_coef):
                 loss = loss if part is None else loss + part
-        dropped = ~(loss <= self.threshold)  # NaN compares false
+        dropped = ~(loss <= self.threshold) | ~loss.isfinite()  # NaN compares false
         w = getattr(self.model.policy, "compositional_vectors", None)
         return dropped if w is None else dropped | ~w.detach().isfinite().all(dim=1)
 
     def after_update(self, dropped: th.Tensor) -> None:
         """
         :param dropped: (T,) bool, unused
+        """
+
+    def log_to(self, logger: Logger, task_names: tuple[str, ...]) -> None:
+        """
+        The algorithm itself logs what was left out.
+
+        :param logger: The algorithm's logger, unused
+        :param task_names: Names of the tasks, unused
         """
 
     def _on_step(self) -> bool:
@@ -464,12 +472,14 @@ class WResetCallback(BaseCallback):
             raise ValueError(
                 f"WResetCallback needs a policy with compositional vectors, got {type(self.model.policy).__name__}"
             )
+        self.resets = th.zeros(self.model.num_tasks, device=self.model.device)
         self.generator = th.Generator(self.model.device)
         seed = self.model.seed if self.seed is None else self.seed
         if seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(seed)
+        self.generator_state = self.generator.get_state()  # a tensor, so that models can save and restore it
         self.model.add_update_guard(self)
 
     def drop_tasks(self, task_losses: TaskLosses) -> th.Tensor:
@@ -489,14 +499,31 @@ class WResetCallback(BaseCallback):
             return
         w = self.model.policy.compositional_vectors
         normal = ~dropped & w.isfinite().all(dim=1)
+        self.generator.set_state(self.generator_state.cpu())
         draws = th.rand(len(w), len(w), generator=self.generator, device=w.device)
+        self.generator_state = self.generator.get_state()
         mixtures = mix_compositional_vectors(w, normal, draws, self.simplex)
         reset = (dropped & normal.any()).unsqueeze(1)
         w.copy_(th.where(reset, mixtures, w))
-        if self.reset_moments:
-            for name, moment in self.model.policy.w_optimizer.state[w].items():
-                if name.startswith("exp_avg"):
-                    moment.copy_(th.where(reset, 0.0, moment))
+        self.resets.add_(reset.squeeze(1))
+        for name, moment in self.model.policy.w_optimizer.state[w].items():
+            if name.startswith("exp_avg"):
+                # A moment that is not finite would spoil the new vector at the next step
+                forget = reset if self.reset_moments else reset & ~moment.isfinite()
+                moment.copy_(th.where(forget, 0.0, moment))
+
+    def log_to(self, logger: Logger, task_names: tuple[str, ...]) -> None:
+        """
+        Record ``train/w_resets``, the number of resets of each task's vector, and ``train/w_norm``, the length of each vector.
+
+        :param logger: The algorithm's logger
+        :param task_names: Names of the tasks
+        """
+        norms = self.model.policy.compositional_vectors.detach().norm(dim=1)
+        for name, values, total in (("w_resets", self.resets, self.resets.sum()), ("w_norm", norms, norms.mean())):
+            logger.record(f"train/{name}", total.item())
+            if len(task_names) > 1:
+                record_per_task(logger, f"train/{name}", dict(zip(task_names, values.tolist(), strict=True)), console=False)
 
     def _on_step(self) -> bool:
         return True

@@ -317,7 +317,7 @@ class CompositionalExtractor(BaseFeaturesExtractor):
     Paper: Parameter-Compositional Multi-Task Reinforcement Learning, https://arxiv.org/abs/2210.11653. The extractor owns its
     W; unlike in ``PaCoSAC``, actor and critic of e.g. ``SAC`` then have one each.
 
-    :param observation_space: Box of shape ``(n + num_tasks,)`` with the task's one-hot at its end
+    :param observation_space: Box of shape ``(n + num_tasks,)`` with the task's one-hot at its end; with one task any ``(n,)``
     :param num_tasks: Number of tasks T
     :param n_param_sets: Number of parameter sets K
     :param net_arch: Widths of the compositional layers; the last one is the number of features
@@ -337,7 +337,9 @@ class CompositionalExtractor(BaseFeaturesExtractor):
     ):
         if len(net_arch) == 0:
             raise ValueError("net_arch must name at least one layer width, got none")
-        obs_dim = base_observation_space(observation_space, num_tasks).shape[0]
+        if num_tasks != 1:
+            base_observation_space(observation_space, num_tasks)  # refuses one without room for the one-hot
+        obs_dim = observation_space.shape[0] - (num_tasks if num_tasks > 1 else 0)
         super().__init__(observation_space, features_dim=net_arch[-1])
         self.num_tasks = num_tasks
         self.compositional_vectors = nn.Parameter(init_compositional_vectors(num_tasks, n_param_sets, w_init))
@@ -350,9 +352,11 @@ class CompositionalExtractor(BaseFeaturesExtractor):
         :param observations: ``(B, n + T)``
         :return: Features ``(B, features_dim)``
         """
+        w = activate_compositional_vectors(self.compositional_vectors, "identity")
+        if self.num_tasks == 1:
+            return self.mlp.forward_mixed(observations, w.expand(len(observations), -1)).squeeze(0)
         base, one_hot = split_observation(observations, self.num_tasks)
-        w = one_hot @ activate_compositional_vectors(self.compositional_vectors, "identity")  # (B, K)
-        return self.mlp.forward_mixed(base, w).squeeze(0)
+        return self.mlp.forward_mixed(base, one_hot @ w).squeeze(0)
 
 
 def base_observation_space(observation_space: gym.spaces.Space, num_tasks: int) -> gym.spaces.Box:

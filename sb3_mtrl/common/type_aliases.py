@@ -3,6 +3,7 @@
 from typing import NamedTuple, Protocol
 
 import torch as th
+from stable_baselines3.common.logger import Logger
 
 
 class MultiTaskReplayBufferSamples(NamedTuple):
@@ -44,5 +45,14 @@ class UpdateGuard(Protocol):
     def after_update(self, dropped: th.Tensor) -> None:
         """
         :param dropped: (T,) bool, the tasks that were dropped from the update that was just made
+        """
+        ...
+
+    def log_to(self, logger: Logger, task_names: tuple[str, ...]) -> None:
+        """
+        Record counts. Called when the logger is about to dump, the only moment at which device values may be read.
+
+        :param logger: The algorithm's logger
+        :param task_names: Names of the tasks
         """
         ...

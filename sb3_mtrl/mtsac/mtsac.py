@@ -1,4 +1,5 @@
 import copy
+import inspect
 import io
 import math
 import pathlib
@@ -14,10 +15,11 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import get_obs_shape
+from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
@@ -77,6 +79,7 @@ class MTSAC(SAC):
     critic: MTSACCritic
     critic_target: MTSACCritic
     task_names: tuple[str, ...]
+    _ent_coef_adam_eps: ClassVar[float] = 1e-8
 
     def __init__(
         self,
@@ -199,6 +202,12 @@ class MTSAC(SAC):
             self.batch_size = 256 if self.num_tasks == 1 else 128 * self.num_tasks
         if self.env is not None:
             self._check_env_tasks(self.env)
+        foreign = set(self._policy_settings()) - set(inspect.signature(self.policy_class).parameters)
+        if foreign:
+            raise ValueError(
+                f"policy must be one of {type(self).__name__}'s, got {self.policy_class.__name__}, "
+                f"which takes no {', '.join(sorted(foreign))} (is this a model of another algorithm?)"
+            )
         # The networks and the buffer need T; what the user gave stays as it is, it is what save() writes
         policy_kwargs, replay_buffer_kwargs = self.policy_kwargs, self.replay_buffer_kwargs
         self.policy_kwargs = {**self._policy_settings(), **policy_kwargs}
@@ -212,15 +221,21 @@ class MTSAC(SAC):
         if self.log_ent_coef is not None:
             self.log_ent_coef = self.log_ent_coef.detach().repeat(self.num_tasks).requires_grad_(True)
             learning_rate = self.ent_coef_learning_rate or self.lr_schedule(1)
-            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=learning_rate)
+            # Fused, a step can be skipped on the GPU without waiting for it
+            fused = self.device.type == "cuda"
+            self.ent_coef_optimizer = th.optim.Adam(
+                [self.log_ent_coef], lr=learning_rate, eps=self._ent_coef_adam_eps, fused=fused
+            )
 
         # How often each task's samples were dropped by a guard
         self.dropped_updates = th.zeros(self.num_tasks, device=self.device)
+        self._dropped_at_last_dump = self.dropped_updates.clone()
+        self._warned_of_stuck_tasks = False
         self.update_guards.clear()
 
     def add_update_guard(self, guard: UpdateGuard) -> None:
         """
-        Let a guard watch the losses of every update; it replaces a guard of the same class.
+        Let a guard watch the losses of every update, from now on; it replaces a guard of the same class. Guards are not saved.
 
         :param guard: E.g. a ``LossMaskoutCallback``, which calls this itself
         """
@@ -257,7 +272,13 @@ class MTSAC(SAC):
                 )
         if self.num_tasks == 1:
             return
-        normalizer = self._vec_normalize_env if env is self.env else None
+        if env.has_attr("task_names") and get_task_names(env) != self.task_names:
+            warnings.warn(
+                f"this model was made for the tasks {', '.join(self.task_names)}; the environment has other tasks "
+                f"(or another order): {', '.join(get_task_names(env))}",
+                stacklevel=2,
+            )
+        normalizer = unwrap_vec_normalize(env)
         if isinstance(normalizer, VecNormalize) and normalizer.norm_obs and not isinstance(normalizer, VecTaskNormalize):
             raise ValueError(
                 "VecNormalize(norm_obs=True) would normalise the one-hot of the task: "
@@ -314,6 +335,8 @@ class MTSAC(SAC):
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._scheduled_optimizers())
+        for optimizer, learning_rate in self._own_learning_rates():
+            update_learning_rate(optimizer, learning_rate)
         update = self._joint_update if self.optimizer_order == "joint" else self._sequential_update
 
         for gradient_step in range(gradient_steps):
@@ -321,7 +344,10 @@ class MTSAC(SAC):
             # We need to sample because `log_std` may have changed between two gradient steps
             if self.use_sde:
                 self.actor.reset_noise()
-            dropped = update(replay_data)
+            spoilt = self._clear_spoilt_rows(replay_data) if self.update_guards else None
+            dropped = update(replay_data, spoilt)
+            if self.policy.gradient_gate is not None:
+                self.policy.gradient_gate.dropped_groups = None
             if gradient_step % self.target_update_interval == 0:
                 self._update_target_networks()
             if self.max_ent_coef is not None and self.log_ent_coef is not None:
@@ -335,12 +361,13 @@ class MTSAC(SAC):
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def _sequential_update(self, replay_data: ReplaySamples) -> th.Tensor | None:
+    def _sequential_update(self, replay_data: ReplaySamples, spoilt: th.Tensor | None) -> th.Tensor | None:
         """
         One update in SB3's order: each optimiser steps before the next loss is formed.
 
         :param replay_data: The batch
-        :return: (T,) bool, tasks whose samples the guards dropped; None without guards
+        :param spoilt: (T,) bool, tasks to drop in any case; None without guards
+        :return: (T,) bool, tasks whose samples were dropped; None without guards
         """
         obs, next_obs = self._observations(replay_data)
         for optimizer in self._shared_optimizers():
@@ -352,7 +379,7 @@ class MTSAC(SAC):
         ent_coef = self._ent_coef_per_row(replay_data)
         td_errors = self._td_errors(replay_data, obs, next_obs, ent_coef)  # (n_critics, B, 1)
         task_losses = TaskLosses(self._task_means(self._critic_losses(td_errors), replay_data), None, None)
-        dropped = self._dropped_tasks(task_losses, replay_data)
+        dropped = self._dropped_tasks(task_losses, replay_data, spoilt)
 
         # `ent_coef` was read above, so this step does not change the losses below
         ent_coef_losses = self._ent_coef_losses(log_prob, replay_data, dropped)
@@ -369,15 +396,16 @@ class MTSAC(SAC):
 
         for optimizer in self._shared_optimizers():
             step_unless(optimizer, None if dropped is None else dropped.all())
-        self._sum_train_values(task_losses.critic, actor_losses, ent_coef_losses)
+        self._sum_train_values(task_losses.critic, self._task_means(actor_losses, replay_data), ent_coef_losses)
         return dropped
 
-    def _joint_update(self, replay_data: ReplaySamples) -> th.Tensor | None:
+    def _joint_update(self, replay_data: ReplaySamples, spoilt: th.Tensor | None) -> th.Tensor | None:
         """
         One update in the order of PaCo's authors: all gradients are taken at the same parameters, then all optimisers step.
 
         :param replay_data: The batch
-        :return: (T,) bool, tasks whose samples the guards dropped; None without guards
+        :param spoilt: (T,) bool, tasks to drop in any case; None without guards
+        :return: (T,) bool, tasks whose samples were dropped; None without guards
         """
         obs, next_obs = self._observations(replay_data)
         optimizers = self._all_optimizers()
@@ -403,7 +431,7 @@ class MTSAC(SAC):
             actor=self._task_means(actor_values, replay_data),
             ent_coef=None if ent_coef_losses is None else self._task_means(ent_coef_losses, replay_data),
         )
-        dropped = self._dropped_tasks(task_losses, replay_data)
+        dropped = self._dropped_tasks(task_losses, replay_data, spoilt)
 
         critic_losses = self._critic_losses(self._keep(td_errors, dropped, replay_data))
         policy_improvement = (self._keep(action_grad, dropped, replay_data) * actions_pi).sum(dim=1, keepdim=True)
@@ -416,7 +444,7 @@ class MTSAC(SAC):
         self._clip_gradients(self.actor.optimizer)
         for optimizer in optimizers:
             step_unless(optimizer, None if dropped is None else dropped.all())
-        self._sum_train_values(task_losses.critic, entropy_term - min_qf_pi, ent_coef_losses)
+        self._sum_train_values(task_losses.critic, self._task_means(entropy_term - min_qf_pi, replay_data), ent_coef_losses)
         return dropped
 
     def _observations(self, replay_data: ReplaySamples) -> tuple[PyTorchObs, PyTorchObs]:
@@ -498,11 +526,29 @@ class MTSAC(SAC):
             return values
         return th.where(self._rows(dropped, replay_data), 0.0, values)
 
-    def _dropped_tasks(self, task_losses: TaskLosses, replay_data: ReplaySamples) -> th.Tensor | None:
+    def _clear_spoilt_rows(self, replay_data: ReplaySamples) -> th.Tensor:
+        """
+        Replace the rows that hold a NaN or an infinity by zeros, in place, and name their tasks, ``(T,)`` bool.
+
+        A loss of zero would not keep them from the weights that all tasks share: the gradient multiplies it with the input.
+        """
+        if not isinstance(replay_data, MultiTaskReplayBufferSamples):
+            return th.zeros(self.num_tasks, dtype=th.bool, device=self.device)
+        inputs = (replay_data.observations, replay_data.next_observations, replay_data.actions)
+        finite = th.stack([tensor.isfinite().all(dim=1) for tensor in inputs]).all(dim=0)
+        for tensor in inputs:
+            tensor.copy_(th.where(finite.unsqueeze(1), tensor, 0.0))
+        spoilt_groups = ~finite.view(self.num_tasks, -1).all(dim=1)
+        spoilt = th.zeros(self.num_tasks, device=self.device)
+        return spoilt.index_add_(0, replay_data.group_tasks, spoilt_groups.float()) > 0
+
+    def _dropped_tasks(
+        self, task_losses: TaskLosses, replay_data: ReplaySamples, spoilt: th.Tensor | None
+    ) -> th.Tensor | None:
         """Ask the guards which tasks must not contribute, ``(T,)`` bool; None without guards."""
-        if not self.update_guards:
+        if spoilt is None:
             return None
-        dropped = th.zeros_like(task_losses.critic, dtype=th.bool)
+        dropped = spoilt
         for guard in self.update_guards:
             dropped = dropped | guard.drop_tasks(task_losses)
         if self.policy.gradient_gate is not None:
@@ -532,6 +578,12 @@ class MTSAC(SAC):
             optimizers.append(self.ent_coef_optimizer)
         return optimizers
 
+    def _own_learning_rates(self) -> list[tuple[th.optim.Optimizer, float]]:
+        """Optimisers with a learning rate of their own."""
+        if self.ent_coef_optimizer is not None and self.ent_coef_learning_rate is not None:
+            return [(self.ent_coef_optimizer, self.ent_coef_learning_rate)]
+        return []
+
     def _shared_optimizers(self) -> list[th.optim.Optimizer]:
         """Optimisers of parameters that actor and critics share; they step once an update, on the sum of both gradients."""
         return []
@@ -550,10 +602,10 @@ class MTSAC(SAC):
     # ----------------------------------------------------------------- logging
 
     def _sum_train_values(
-        self, task_critic_losses: th.Tensor, actor_losses: th.Tensor, ent_coef_losses: th.Tensor | None
+        self, task_critic_losses: th.Tensor, task_actor_losses: th.Tensor, ent_coef_losses: th.Tensor | None
     ) -> None:
         """Add this update to the sums that ``dump_logs`` reads; nothing leaves the device here."""
-        values = {"critic_loss": task_critic_losses, "actor_loss": actor_losses.detach().mean()}
+        values = {"critic_loss": task_critic_losses, "actor_loss": task_actor_losses}
         if self.log_ent_coef is not None and ent_coef_losses is not None:
             values["ent_coef"] = self._bounded_log_ent_coef().detach().exp()
             values["ent_coef_loss"] = ent_coef_losses.detach().mean()
@@ -569,6 +621,7 @@ class MTSAC(SAC):
         """
         Write log data, the ``train/*`` values averaged over the updates since the last dump.
         """
+        self._warn_of_tasks_that_do_not_learn()
         for name, total in self._train_sums.items():
             mean = (total / self._n_summed_updates).cpu().numpy()
             self.logger.record(f"train/{name}", float(mean.mean()))
@@ -581,7 +634,23 @@ class MTSAC(SAC):
             self.logger.record("train/dropped_updates", sum(counts))
             if self.num_tasks > 1:
                 self._record_per_task("train/dropped_updates", counts)
+            for guard in self.update_guards:
+                guard.log_to(self.logger, self.task_names)
         super().dump_logs()
+
+    def _warn_of_tasks_that_do_not_learn(self) -> None:
+        """Dropping a task keeps its loss from coming down, too: one that is dropped all the time will be for ever."""
+        n_updates = self._n_summed_updates
+        dropped_since = (self.dropped_updates - self._dropped_at_last_dump).tolist()
+        self._dropped_at_last_dump = self.dropped_updates.clone()
+        stuck = [name for name, count in zip(self.task_names, dropped_since, strict=True) if count >= max(n_updates, 10)]
+        if stuck and not self._warned_of_stuck_tasks:
+            self._warned_of_stuck_tasks = True
+            warnings.warn(
+                f"all of the last {n_updates} updates left out {', '.join(stuck)}: this does not mend itself. If the "
+                "rewards are large, normalise them or raise the threshold of the loss maskout (it scales with their square)",
+                stacklevel=2,
+            )
 
     def _record_per_task(self, name: str, values: list[float]) -> None:
         record_per_task(self.logger, name, dict(zip(self.task_names, values, strict=True)), console=False)
@@ -616,11 +685,18 @@ class MTSAC(SAC):
         super().load_replay_buffer(path, truncate_last_traj)
         loaded = self.replay_buffer
         assert loaded is not None
-        for name, expected in (("num_tasks", self.num_tasks), ("obs_shape", get_obs_shape(self.observation_space))):
-            value = getattr(loaded, name, expected)
-            if value != expected:
-                self.replay_buffer = own_buffer
-                raise ValueError(f"path must name a replay buffer with {name}={expected}, got {path} with {name}={value}")
+        expected = {
+            "num_tasks": self.num_tasks,
+            "obs_shape": get_obs_shape(self.observation_space),
+            "action_dim": get_action_dim(self.action_space),
+        }
+        # SB3's own buffers hold one task
+        got = {name: getattr(loaded, name, 1) for name in expected}
+        if got != expected:
+            self.replay_buffer = own_buffer
+            raise ValueError(f"path must name a replay buffer of {expected}, got {path}, a {type(loaded).__name__} of {got}")
+        if isinstance(loaded, MultiTaskReplayBuffer):
+            loaded.n_envs = self.n_envs  # its rings belong to tasks, not to sub-environments
 
     def export_task_policy(self, task: int | str) -> SACPolicy:
         """
@@ -628,13 +704,23 @@ class MTSAC(SAC):
 
         :param task: Task id or name
         :return: The policy; ``predict`` gives the same deterministic actions. Write it with ``policy.save`` or with
-            ``sb3_mtrl.common.policies.export_onnx``.
+            ``sb3_mtrl.common.policies.export_onnx``. With one task the observations stay as they are. A policy
+            trained with normalised observations expects them (a warning says so).
         :raises ValueError: for an unknown task, or a policy with an own features extractor or gSDE
         """
+        normalizer = self.get_vec_normalize_env()
+        if normalizer is not None and normalizer.norm_obs:
+            warnings.warn(
+                "this model was trained on normalised observations: the exported policy expects them normalised, too "
+                "(statistics: model.get_vec_normalize_env().obs_rms)",
+                stacklevel=2,
+            )
         return single_task_policy(self.policy, self.num_tasks, self._task_id(task))
 
+    _unsaved = ("update_guards", "_train_sums", "_n_summed_updates", "_dropped_at_last_dump", "_warned_of_stuck_tasks")
+
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "update_guards", "_train_sums", "_n_summed_updates"]
+        return [*super()._excluded_save_params(), *self._unsaved]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()

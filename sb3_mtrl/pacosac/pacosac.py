@@ -53,6 +53,7 @@ class PaCoSAC(MTSAC):
     }
     policy: PaCoPolicy
     actor: PaCoActor
+    _ent_coef_adam_eps: ClassVar[float] = 1e-7
 
     def __init__(
         self,
@@ -160,7 +161,7 @@ class PaCoSAC(MTSAC):
             guards.append(
                 LossMaskoutCallback(self.maskout_threshold, "total" if self.optimizer_order == "joint" else "critic")
             )
-        if self.w_reset:
+        if self.maskout_threshold is not None and self.w_reset:
             guards.append(WResetCallback(self.w_reset_simplex, self.w_reset_moments))
         if self.target_entropy == "auto":
             self.target_entropy = get_action_dim(self.action_space) * math.log(0.2)
@@ -188,8 +189,21 @@ class PaCoSAC(MTSAC):
             optimizers.append(self.policy.w_optimizer)
         return optimizers
 
+    def _own_learning_rates(self) -> list[tuple[th.optim.Optimizer, float]]:
+        own_learning_rates = super()._own_learning_rates()
+        if self.w_learning_rate is not None:
+            own_learning_rates.append((self.policy.w_optimizer, self.w_learning_rate))
+        return own_learning_rates
+
+    @property
+    def w_reset_callback(self) -> WResetCallback | None:
+        """The w-reset that watches the updates, None without."""
+        return next((guard for guard in self.update_guards if isinstance(guard, WResetCallback)), None)
+
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
+        if self.w_reset_callback is not None:
+            variables = [*variables, "w_reset_callback.resets", "w_reset_callback.generator_state"]
         return [*state_dicts, "policy.w_optimizer"], variables
 
     def learn(

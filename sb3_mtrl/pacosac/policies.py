@@ -184,8 +184,8 @@ class PaCoActor(MTSACActor):
             obs, one_hot, n_groups = split_tasks_and_groups(obs, self.num_tasks)  # type: ignore[arg-type]
             obs = obs if self.observe_task else obs[:, : -self.num_tasks]
         latent = self.latent_pi(self.extract_features(obs, self.features_extractor))  # (B, in)
-        # A rollout has a few rows of many tasks and does not train: there the composed parameters are kept
-        if n_groups is None and not self.training and not th.is_grad_enabled() and len(latent) <= 2 * self.num_tasks:
+        # A rollout has rows of any task and does not train: there the composed parameters are kept
+        if n_groups is None and not self.training and not th.is_grad_enabled():
             output = self._forward_cached(latent, one_hot)
         else:
             output = self.task_vectors.forward(self.compositional, latent, one_hot, n_groups)
@@ -208,16 +208,19 @@ class PaCoActor(MTSACActor):
         if composed_from != self._composed_from:
             self._composed = self.compositional.compose(self.task_vectors())
             self._composed_from = composed_from
-        composed = self._composed  # (1, T, in, out)
-        if one_hot is not None:
-            task_ids = one_hot.argmax(dim=1)
-            # One row per task in order, as in a rollout with one sub-environment per task, needs no gathering
-            if not th.equal(task_ids, th.arange(self.num_tasks, device=task_ids.device)):
-                composed = [(weight[:, task_ids], bias[:, task_ids]) for weight, bias in composed]
-            latent = latent.unsqueeze(1)  # (B, 1, in): each row a group
-        else:
-            latent = latent.unsqueeze(0)
-        return self.compositional.forward_composed(latent, composed)
+        if one_hot is None:
+            return self.compositional.forward_composed(latent.unsqueeze(0), self._composed)
+        task_ids = one_hot.argmax(dim=1)
+        # One row per task in order, as in a rollout with one sub-environment per task: one product for all
+        if th.equal(task_ids, th.arange(self.num_tasks, device=task_ids.device)):
+            return self.compositional.forward_composed(latent.unsqueeze(1), self._composed)
+        # Else one per task, on views: gathering would copy a whole network for each row
+        output = latent.new_empty(len(latent), self._composed[-1][1].shape[-1])
+        for task_id in task_ids.unique().tolist():
+            rows = task_ids == task_id
+            of_task = [(weight[:, task_id : task_id + 1], bias[:, task_id : task_id + 1]) for weight, bias in self._composed]
+            output[rows] = self.compositional.forward_composed(latent[rows].unsqueeze(0), of_task)[0, 0]
+        return output
 
     def single_task_layers(self, task_id: int) -> Layers:
         """
@@ -351,6 +354,11 @@ class PaCoPolicy(MTSACPolicy):
         check_choice("structure", structure, STRUCTURES)
         if use_sde:
             raise ValueError("use_sde must be False, got True (PaCo's actor has a state dependent standard deviation)")
+        if share_features_extractor and structure == "actor_only" and num_tasks > 1:
+            raise ValueError(
+                "share_features_extractor must be False with structure='actor_only', got True "
+                "(the critics observe the task's one-hot, the actor does not)"
+            )
         if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
             optimizer_kwargs = dict(eps=1e-7, fused=True)
         # Before super().__init__, which builds the networks
