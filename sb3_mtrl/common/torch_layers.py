@@ -5,7 +5,7 @@ from typing import Any
 
 import gymnasium as gym
 import torch as th
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from torch import nn
 
 from sb3_mtrl.common.utils import split_observation
@@ -359,6 +359,247 @@ class CompositionalExtractor(BaseFeaturesExtractor):
         return self.mlp.forward_mixed(base, one_hot @ w).squeeze(0)
 
 
+def xavier_init_(module: nn.Module) -> None:
+    """
+    Xavier-uniform weights and zero biases for every linear layer below a module, and for every network of a ``StackedMLP``.
+
+    :param module: Changed in place; other layers (embeddings, LSTM cells) stay as they are
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, StackedMLP):
+            for weight, bias in zip(part.weights, part.biases, strict=True):
+                for network_weight in weight.unbind(0):
+                    nn.init.xavier_uniform_(network_weight)
+                nn.init.zeros_(bias)
+
+
+class Experts(StackedMLP):
+    """
+    k expert MLPs on one input, all evaluated together; no activation after their last layer.
+
+    Paper: Contrastive Modules with Temporal Attention, https://arxiv.org/abs/2311.01075.
+
+    :param in_features: Width of the input
+    :param out_features: Width of each expert's output
+    :param n_experts: Number k of experts
+    :param net_arch: Widths of the hidden layers, at least one
+    :param activation_fn: Activation between the layers
+    :raises ValueError: for a bad argument
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        n_experts: int = 6,
+        net_arch: Sequence[int] = (64,),
+        activation_fn: type[nn.Module] = nn.ReLU,
+    ):
+        if n_experts < 1:
+            raise ValueError(f"n_experts must be at least 1, got {n_experts}")
+        if len(net_arch) == 0:
+            raise ValueError("expert_arch must name at least one layer width, got none")
+        layers = [create_mlp(in_features, out_features, list(net_arch), activation_fn) for _ in range(n_experts)]
+        super().__init__([nn.Sequential(*expert_layers) for expert_layers in layers])
+        xavier_init_(self)
+
+    def forward(self, x: th.Tensor, frozen: bool = False) -> th.Tensor:
+        """
+        :param x: Input ``(B, in)``, shared by all experts
+        :param frozen: Hold the parameters constant: the gradient flows to ``x`` only
+        :return: Outputs ``(k, B, out)``
+        """
+        weight, bias = self._layer(-1, frozen)
+        return th.baddbmm(bias, self._last_hidden(x, frozen), weight)
+
+    def mix(self, x: th.Tensor, gate_weights: th.Tensor, frozen: bool = False) -> th.Tensor:
+        """
+        The weighted sum of the experts' outputs without forming these: the weights go into the last product.
+
+        :param x: Input ``(B, in)``
+        :param gate_weights: Weight of each expert for each row ``(B, k)``
+        :param frozen: Hold the parameters constant: the gradient flows to ``x`` and the weights only
+        :return: Mixture ``(B, out)``
+        """
+        weight, bias = self._layer(-1, frozen)
+        weighted = self._last_hidden(x, frozen) * gate_weights.t().unsqueeze(2)  # (k, B, h)
+        weighted = weighted.transpose(0, 1).reshape(len(x), -1)  # (B, k h)
+        return th.addmm(gate_weights @ bias.squeeze(1), weighted, weight.flatten(0, 1))
+
+    def _layer(self, index: int, frozen: bool) -> tuple[th.Tensor, th.Tensor]:
+        weight, bias = self.weights[index], self.biases[index]
+        return (weight.detach(), bias.detach()) if frozen else (weight, bias)
+
+    def _last_hidden(self, x: th.Tensor, frozen: bool) -> th.Tensor:
+        """Input of the experts' last layer, ``(k, B, h)``."""
+        weight, bias = self._layer(0, frozen)
+        # The input is shared, so the first layers of all experts are one wide product
+        hidden = th.addmm(bias.reshape(-1), x, weight.transpose(0, 1).reshape(x.shape[1], -1))  # (B, k h)
+        hidden = self.activations[0](hidden.view(len(x), self.n_networks, -1).transpose(0, 1))
+        for index in range(1, len(self.weights) - 1):
+            weight, bias = self._layer(index, frozen)
+            hidden = self.activations[index](th.baddbmm(bias, hidden, weight))
+        return hidden
+
+
+class ExpertGate(nn.Module):
+    """
+    Soft attention over experts: one linear layer and a softmax.
+
+    :param context_dim: Width of the context
+    :param n_experts: Number k of experts
+    """
+
+    def __init__(self, context_dim: int, n_experts: int):
+        super().__init__()
+        self.linear = nn.Linear(context_dim, n_experts)
+        xavier_init_(self)
+
+    def forward(self, context: th.Tensor) -> th.Tensor:
+        """
+        :param context: ``(B, context_dim)``
+        :return: Weight of each expert, ``(B, k)``; rows sum to 1
+        """
+        return self.linear(context).softmax(dim=1)
+
+
+class TaskEncoder(nn.Module):
+    """
+    A representation of each task, learned from its id: an embedding followed by an MLP.
+
+    Paper: CARE, https://arxiv.org/abs/2102.06177, and CMTA, https://arxiv.org/abs/2311.01075 (which learns the embedding from
+    scratch).
+
+    :param num_tasks: Number of tasks T
+    :param out_features: Width of the representation
+    :param embedding_dim: Width of the embedding
+    :param net_arch: Widths of the MLP's hidden layers
+    :param pretrained_embeddings: Vectors ``(T, d)`` to use instead of a learned embedding, e.g. of sentences that describe the
+        tasks; they stay as they are
+    :raises ValueError: for a bad argument
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        out_features: int = 64,
+        embedding_dim: int = 64,
+        net_arch: Sequence[int] = (128, 64, 64),
+        pretrained_embeddings: Any = None,
+    ):
+        super().__init__()
+        if pretrained_embeddings is None:
+            # Standard normal, as torch's nn.Embedding
+            self.embeddings = nn.Parameter(th.randn(num_tasks, embedding_dim))
+        else:
+            vectors = th.as_tensor(pretrained_embeddings, dtype=th.float32)
+            if vectors.dim() != 2 or len(vectors) != num_tasks:
+                raise ValueError(
+                    f"pretrained_task_embeddings must have shape ({num_tasks}, d), one vector per task, "
+                    f"got {tuple(vectors.shape)}"
+                )
+            embedding_dim = vectors.shape[1]
+            self.embeddings = nn.Parameter(vectors.clone(), requires_grad=False)
+        # What is learned may be cut at zero like any hidden layer; vectors of another model would lose their signs
+        first_activation = [nn.ReLU()] if pretrained_embeddings is None else []
+        self.mlp = nn.Sequential(*first_activation, *create_mlp(embedding_dim, out_features, list(net_arch)))
+        xavier_init_(self)
+
+    def forward(self) -> th.Tensor:
+        """
+        :return: Representations of all tasks, ``(T, out)``. Those of a batch are ``one_hot @ encoder()``: the MLP works on T
+            rows, however large the batch.
+        """
+        return self.mlp(self.embeddings)
+
+
+class ExpertMixtureExtractor(BaseFeaturesExtractor):
+    """
+    CMTA's mixture of experts without its memory, as a features extractor for any SB3 algorithm.
+
+    Paper: Contrastive Modules with Temporal Attention, https://arxiv.org/abs/2311.01075. The experts see the observation
+    without the one-hot, a gate on the task alone weighs them, and the features are the mixture and the task's representation
+    side by side. As in ``CMTASAC`` the representation learns through the features only, not through the gate. There is no
+    contrastive loss: that needs the algorithm's part.
+
+    :param observation_space: Box of shape ``(n + num_tasks,)`` with the task's one-hot at its end
+    :param num_tasks: Number of tasks T
+    :param n_experts: Number k of experts
+    :param expert_arch: Widths of the experts' hidden layers
+    :param feature_dim: Width of the experts' outputs
+    :param task_embedding_dim: Width of the task embedding and of the task's representation
+    :param task_encoder_arch: Widths of the hidden layers between the two
+    :param pretrained_task_embeddings: See ``TaskEncoder``
+    :param activation_fn: Activation of the experts
+    :raises ValueError: for a bad argument
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.spaces.Box,
+        num_tasks: int,
+        n_experts: int = 6,
+        expert_arch: Sequence[int] = (64,),
+        feature_dim: int = 64,
+        task_embedding_dim: int = 64,
+        task_encoder_arch: Sequence[int] = (128, 64, 64),
+        pretrained_task_embeddings: Any = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+    ):
+        obs_dim = base_observation_space(observation_space, num_tasks).shape[0]
+        super().__init__(observation_space, features_dim=feature_dim + task_embedding_dim)
+        self.num_tasks = num_tasks
+        self.task_encoder = TaskEncoder(
+            num_tasks, task_embedding_dim, task_embedding_dim, task_encoder_arch, pretrained_task_embeddings
+        )
+        self.experts = Experts(obs_dim, feature_dim, n_experts, expert_arch, activation_fn)
+        self.gate = ExpertGate(task_embedding_dim, n_experts)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """
+        :param observations: ``(B, n + T)``
+        :return: Features ``(B, features_dim)``
+        """
+        base, one_hot = split_observation(observations, self.num_tasks)
+        z = one_hot @ self.task_encoder()  # (B, task_embedding_dim)
+        return th.cat([self.experts.mix(base, self.gate(z.detach())), z], dim=1)
+
+
+def expert_similarities(outputs: th.Tensor) -> th.Tensor:
+    """
+    Cosine similarity of every pair of experts at each row.
+
+    :param outputs: Outputs of the experts ``(k, B, D)``
+    :return: ``(B, k, k)``
+    """
+    directions = nn.functional.normalize(outputs, dim=-1).transpose(0, 1)  # (B, k, D)
+    return directions @ directions.transpose(1, 2)
+
+
+def info_nce_losses(outputs: th.Tensor, next_outputs: th.Tensor, temperature: float = 0.1) -> tuple[th.Tensor, th.Tensor]:
+    """
+    InfoNCE between experts: each is drawn to what it says of the next observation and pushed from what the others say of this.
+
+    Paper: Contrastive Modules with Temporal Attention, https://arxiv.org/abs/2311.01075. With unit vectors q_i of this
+    observation and p_i of the next one, ``L = sum_i -log(e_i / (e_i + sum_(j != i) e^(q_i q_j / t)))``, ``e_i = e^(q_i p_i / t)``.
+
+    :param outputs: Outputs of the experts ``(k, B, D)``
+    :param next_outputs: Outputs of the target experts at the next observations ``(k, B, D)``; no gradient reaches them
+    :param temperature: Temperature t of the cosines
+    :return: L of each row ``(B, 1)``, and ``expert_similarities(outputs)``, constant
+    """
+    similarities = expert_similarities(outputs)
+    positives = nn.functional.cosine_similarity(outputs, next_outputs.detach(), dim=-1, eps=1e-12).t()  # (B, k)
+    # An expert's similarity with itself is no negative: the positive takes its place on the diagonal
+    is_self = th.eye(len(outputs), dtype=th.bool, device=outputs.device)
+    logits = th.where(is_self, positives.unsqueeze(2), similarities) / temperature
+    losses = logits.logsumexp(dim=2) - positives / temperature  # (B, k)
+    return losses.sum(dim=1, keepdim=True), similarities.detach()
+
+
 def base_observation_space(observation_space: gym.spaces.Space, num_tasks: int) -> gym.spaces.Box:
     """
     The observation space without the task's one-hot.
@@ -387,11 +628,18 @@ __all__ = [
     "CompositionalExtractor",
     "CompositionalLinear",
     "CompositionalMLP",
+    "ExpertGate",
+    "ExpertMixtureExtractor",
+    "Experts",
     "GradientGate",
     "StackedMLP",
+    "TaskEncoder",
     "TaskHeads",
     "activate_compositional_vectors",
     "base_observation_space",
     "check_choice",
+    "expert_similarities",
+    "info_nce_losses",
     "init_compositional_vectors",
+    "xavier_init_",
 ]
