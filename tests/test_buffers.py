@@ -2,12 +2,13 @@
 
 import pickle
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize
@@ -236,3 +237,23 @@ def test_unequal_shares_and_lost_one_hots_are_refused():
         obs = observations([0], [0.0]) * 0.5
         buffer.add(obs, obs, np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}])
     assert buffer.size() == 1
+
+
+def test_one_task_without_a_one_hot_keeps_the_whole_observation():
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+    buffer = MultiTaskReplayBuffer(10, observation_space, action_space, device="cpu", n_envs=2, task_in_observation=False)
+    obs = np.arange(6, dtype=np.float32).reshape(2, 3)
+    buffer.add(obs, obs + 10, np.zeros((2, 1)), np.array([1.0, 2.0]), np.zeros(2), [{}, {}])
+    batch = buffer.sample(8)
+    assert buffer.sizes().tolist() == [2]
+    for row, next_row, reward in zip(batch.observations, batch.next_observations, batch.rewards, strict=True):
+        th.testing.assert_close(row, th.as_tensor(obs[int(reward) - 1]))
+        th.testing.assert_close(next_row, row + 10)
+    # Statistics of VecNormalize are of the same three entries
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+    env.obs_rms.mean, env.obs_rms.var = np.array([1.0, 2.0, 3.0]), np.full(3, 1.0 - env.epsilon)
+    normalized = buffer.sample(4, env).observations
+    assert all((row + th.tensor([1.0, 2.0, 3.0])).round().tolist() in obs.tolist() for row in normalized)
+    with pytest.raises(ValueError, match="task_in_observation must be True with num_tasks=2, got False"):
+        MultiTaskReplayBuffer(10, observation_space, action_space, num_tasks=2, task_in_observation=False)

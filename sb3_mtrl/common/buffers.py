@@ -36,6 +36,8 @@ class MultiTaskReplayBuffer(ReplayBuffer):
     :param handle_timeout_termination: Store ``done=0`` where an episode was only cut by its time limit
         (``info["TimeLimit.truncated"]``), so that the target bootstraps there
     :param num_tasks: Number of tasks T
+    :param task_in_observation: Whether observations end in the task's one-hot. With one task it may be False: then
+        ``observation_space`` is any Box of shape ``(n,)``, kept whole.
     :param extra_columns: Name and width of further values to keep with each transition, e.g. ``{"success": 1}``.
         ``add`` reads them from its ``extras`` argument or else from each info's entry of that name.
     :raises ValueError: for a bad argument
@@ -52,19 +54,21 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         handle_timeout_termination: bool = True,
         num_tasks: int = 1,
         extra_columns: Mapping[str, int] | None = None,
+        task_in_observation: bool = True,
     ):
         if optimize_memory_usage:
             raise ValueError("optimize_memory_usage must be False with MultiTaskReplayBuffer, got True")
         if num_tasks < 1:
             raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+        if num_tasks > 1 and not task_in_observation:
+            raise ValueError(f"task_in_observation must be True with num_tasks={num_tasks}, got False")
         if n_envs < 1:
             raise ValueError(f"n_envs must be at least 1, got {n_envs}")
+        one_hot_dim = num_tasks if task_in_observation else 0
         if not isinstance(observation_space, spaces.Box) or len(observation_space.shape) != 1:
-            raise ValueError(
-                f"observation_space must be a Box of shape (n + {num_tasks},) with the task's one-hot at its end, "
-                f"got {observation_space}"
-            )
-        if observation_space.shape[0] <= num_tasks:
+            expected = f"(n + {num_tasks},) with the task's one-hot at its end" if task_in_observation else "(n,)"
+            raise ValueError(f"observation_space must be a Box of shape {expected}, got {observation_space}")
+        if observation_space.shape[0] <= one_hot_dim:
             raise ValueError(
                 f"observation_space must have more than num_tasks={num_tasks} entries, got shape {observation_space.shape}"
             )
@@ -73,6 +77,8 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         # Not ReplayBuffer.__init__: it would allocate SB3's own arrays
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.num_tasks = num_tasks
+        self.task_in_observation = task_in_observation
+        self.base_dim = observation_space.shape[0] - one_hot_dim
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
         self.extra_columns = dict(extra_columns or {})
@@ -90,10 +96,9 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         self._warn_if_too_large()
 
     def _layout(self) -> dict[str, slice]:
-        base_dim = self.obs_shape[0] - self.num_tasks
         widths = {
-            "obs": base_dim,
-            "next_obs": base_dim,
+            "obs": self.base_dim,
+            "next_obs": self.base_dim,
             "action": self.action_dim,
             "reward": 1,
             "done": 1,
@@ -158,10 +163,12 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         :param extras: Values of extra columns, name -> ``(n_envs, width)``; those missing here are read from the infos
         :raises ValueError: if an observation does not end in a one-hot, or an extra column has no value
         """
-        task_ids = task_ids_from_observation(obs, self.num_tasks)
+        task_ids = np.zeros(self.n_envs, dtype=np.int64)
+        if self.task_in_observation:
+            task_ids = task_ids_from_observation(obs, self.num_tasks)
         rows, columns = np.empty((self.n_envs, self._row_width), dtype=np.float32), self._columns
-        rows[:, columns["obs"]] = obs[:, : -self.num_tasks]
-        rows[:, columns["next_obs"]] = next_obs[:, : -self.num_tasks]
+        rows[:, columns["obs"]] = obs[:, : self.base_dim]
+        rows[:, columns["next_obs"]] = next_obs[:, : self.base_dim]
         rows[:, columns["action"]] = action.reshape(self.n_envs, self.action_dim)
         rows[:, columns["reward"]] = np.reshape(reward, (-1, 1))
         terminations = np.array(done, dtype=np.float32)
@@ -238,13 +245,17 @@ class MultiTaskReplayBuffer(ReplayBuffer):
             self._normalize_rows(rows, group_tasks, env)
         batch = th.from_numpy(rows).to(self.device)
         groups = th.from_numpy(group_tasks).to(self.device)
-        one_hot = th.eye(self.num_tasks, device=self.device)[groups]
-        one_hot = one_hot.unsqueeze(1).expand(-1, len(rows) // self.num_tasks, -1).reshape(len(rows), -1)  # (B, T)
         columns = self._columns
+        observations, next_observations = batch[:, columns["obs"]], batch[:, columns["next_obs"]]
+        if self.task_in_observation:
+            one_hot = th.eye(self.num_tasks, device=self.device)[groups]
+            one_hot = one_hot.unsqueeze(1).expand(-1, len(rows) // self.num_tasks, -1).reshape(len(rows), -1)  # (B, T)
+            observations = th.cat([observations, one_hot], dim=1)
+            next_observations = th.cat([next_observations, one_hot], dim=1)
         return MultiTaskReplayBufferSamples(
-            observations=th.cat([batch[:, columns["obs"]], one_hot], dim=1),
+            observations=observations,
             actions=batch[:, columns["action"]],
-            next_observations=th.cat([batch[:, columns["next_obs"]], one_hot], dim=1),
+            next_observations=next_observations,
             dones=batch[:, columns["done"]],
             rewards=batch[:, columns["reward"]],
             discounts=None,
@@ -256,10 +267,10 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         """Normalise observations and rewards in place; the one-hot is put on only because VecNormalize expects it."""
         columns = self._columns
         task_ids = np.repeat(group_tasks, len(rows) // self.num_tasks)
-        one_hot = np.eye(self.num_tasks, dtype=np.float32)[task_ids]
+        one_hot = np.eye(self.num_tasks, dtype=np.float32)[task_ids][:, : self.num_tasks * self.task_in_observation]
         for name in ("obs", "next_obs"):
             obs = np.concatenate([rows[:, columns[name]], one_hot], axis=1)
-            rows[:, columns[name]] = np.asarray(self._normalize_obs(obs, env))[:, : -self.num_tasks]
+            rows[:, columns[name]] = np.asarray(self._normalize_obs(obs, env))[:, : self.base_dim]
         rewards = rows[:, columns["reward"]][:, 0]
         if isinstance(env, VecTaskNormalize):
             rewards = env.normalize_reward(rewards, task_ids)

@@ -584,7 +584,8 @@ def info_nce_losses(outputs: th.Tensor, next_outputs: th.Tensor, temperature: fl
     InfoNCE between experts: each is drawn to what it says of the next observation and pushed from what the others say of this.
 
     Paper: Contrastive Modules with Temporal Attention, https://arxiv.org/abs/2311.01075. With unit vectors q_i of this
-    observation and p_i of the next one, ``L = sum_i -log(e_i / (e_i + sum_(j != i) e^(q_i q_j / t)))``, ``e_i = e^(q_i p_i / t)``.
+    observation, p_i of the next one and ``e_i = e^(q_i p_i / t)``,
+    ``L = sum_i -log(e_i / (e_i + sum_(j != i) e^(q_i q_j / t)))``.
 
     :param outputs: Outputs of the experts ``(k, B, D)``
     :param next_outputs: Outputs of the target experts at the next observations ``(k, B, D)``; no gradient reaches them

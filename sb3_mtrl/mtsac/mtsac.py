@@ -437,6 +437,9 @@ class MTSAC(SAC):
         policy_improvement = (self._keep(action_grad, dropped, replay_data) * actions_pi).sum(dim=1, keepdim=True)
         actor_losses = self._keep(entropy_term - policy_improvement, dropped, replay_data)
         loss = critic_losses.mean() + actor_losses.mean()
+        auxiliary_losses = self._auxiliary_losses(obs, next_obs)
+        if auxiliary_losses is not None:
+            loss = loss + self._keep(auxiliary_losses, dropped, replay_data).mean()
         if ent_coef_losses is not None:
             loss = loss + self._ent_coef_losses(log_prob, replay_data, dropped).mean()  # type: ignore[union-attr]
         loss.backward()
@@ -474,6 +477,10 @@ class MTSAC(SAC):
         """Loss of each row, ``(B, 1)``: half the squared errors, summed over the critics."""
         return 0.5 * td_errors.square().sum(dim=0)
 
+    def _auxiliary_losses(self, obs: PyTorchObs, next_obs: PyTorchObs) -> th.Tensor | None:
+        """A further loss of each row for the critics' optimiser, ``(B, 1)``; read by the joint update only."""
+        return None
+
     def _ent_coef_per_row(self, replay_data: ReplaySamples) -> th.Tensor:
         """Entropy coefficient of each row's task, ``(B, 1)`` or broadcastable to it, constant."""
         if self.log_ent_coef is None:
@@ -502,14 +509,17 @@ class MTSAC(SAC):
         return task_values[replay_data.group_tasks].unsqueeze(1).expand(-1, rows_per_group).reshape(-1, 1)
 
     def _task_means(self, row_values: th.Tensor, replay_data: ReplaySamples) -> th.Tensor:
-        """Means over the rows of each task: ``(B, 1)`` to ``(T,)``, constant; 0 for a task that is not in the batch."""
+        """
+        Means over the rows of each task: ``(B, 1)`` to ``(T,)``, or ``(B, n)`` to ``(T, n)``, constant; 0 for a task that
+        is not in the batch.
+        """
         row_values = row_values.detach()
         if not isinstance(replay_data, MultiTaskReplayBufferSamples):
-            return row_values.mean().reshape(1)
+            return row_values.mean(dim=0, keepdim=True).squeeze(1)
         groups = replay_data.group_tasks
-        group_means = row_values.view(self.num_tasks, -1).mean(dim=1)
+        group_means = row_values.view(self.num_tasks, -1, row_values.shape[1]).mean(dim=1)
         n_groups = th.zeros_like(group_means).index_add_(0, groups, th.ones_like(group_means))
-        return th.zeros_like(group_means).index_add_(0, groups, group_means) / n_groups.clamp(min=1)
+        return (th.zeros_like(group_means).index_add_(0, groups, group_means) / n_groups.clamp(min=1)).squeeze(1)
 
     def _keep(self, values: th.Tensor, dropped: th.Tensor | None, replay_data: ReplaySamples) -> th.Tensor:
         """
@@ -611,11 +621,14 @@ class MTSAC(SAC):
             values["ent_coef_loss"] = ent_coef_losses.detach().mean()
         else:
             values["ent_coef"] = self.ent_coef_tensor
+        self._add_to_train_sums(values)
+        self._n_summed_updates += 1
+
+    def _add_to_train_sums(self, values: dict[str, th.Tensor]) -> None:
         for name, value in values.items():
             if name not in self._train_sums:
                 self._train_sums[name] = th.zeros_like(value)
             self._train_sums[name].add_(value)
-        self._n_summed_updates += 1
 
     def dump_logs(self) -> None:
         """

@@ -35,6 +35,19 @@ def split_tasks_and_groups(obs: th.Tensor, num_tasks: int) -> tuple[th.Tensor, t
     return rows, split_observation(rows, num_tasks)[1], n_groups
 
 
+def sample_squashed_gaussian(mean: th.Tensor, log_std: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    :param mean: Mean before the squashing ``(B, n_actions)``
+    :param log_std: Log standard deviation before the squashing ``(B, n_actions)``
+    :return: Actions ``tanh(u)`` of draws u ``(B, n_actions)``, and their log probabilities ``(B,)``
+    """
+    noise = th.randn_like(mean)
+    actions = th.tanh(mean + log_std.exp() * noise)
+    gaussian_log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    # Squash correction, kept finite as in SB3
+    return actions, (gaussian_log_prob - th.log(1 - actions.square() + 1e-6)).sum(dim=1)
+
+
 class MTSACActor(Actor):
     """
     SAC's actor with, optionally, an output layer per task and without the task in its input.
@@ -130,11 +143,7 @@ class MTSACActor(Actor):
         mean_actions, log_std, kwargs = self.get_action_dist_params(obs)
         if self.use_sde:
             return self.action_dist.log_prob_from_params(mean_actions, log_std, **kwargs)
-        noise = th.randn_like(mean_actions)
-        actions = th.tanh(mean_actions + log_std.exp() * noise)
-        gaussian_log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # Squash correction, kept finite as in SB3
-        return actions, (gaussian_log_prob - th.log(1 - actions.square() + 1e-6)).sum(dim=1)
+        return sample_squashed_gaussian(mean_actions, log_std)
 
     def single_task_layers(self, task_id: int) -> Layers:
         """
