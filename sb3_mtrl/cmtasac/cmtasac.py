@@ -470,7 +470,7 @@ class CMTASAC(MTSAC):
 
         :raises ValueError: if it holds other tasks, observations or recurrent states; the model keeps its own then
         """
-        own_buffer = self.replay_buffer
+        own_buffer = getattr(self, "replay_buffer", None)
         super().load_replay_buffer(path, truncate_last_traj)
         expected = self._state_columns() if self.use_temporal else {}
         columns = getattr(self.replay_buffer, "extra_columns", {})

@@ -1,14 +1,15 @@
+import importlib.util
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
+from stable_baselines3.common.logger import Figure, Logger
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_normalization
 
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, evaluate_multi_task_policy, format_success_rates, task_id_of_step
 from sb3_mtrl.common.torch_layers import check_choice
@@ -17,6 +18,8 @@ from sb3_mtrl.common.utils import get_num_tasks, get_task_names
 
 # Not a seed that people give to a training, so that the goals of training and evaluation are different draws
 DEFAULT_EVAL_SEED = 1_000_000
+# Episodes per task and sub-environment after which a task that never comes is taken for missing
+MAX_EPISODES_PER_GATE = 20
 # More rows than this per quantity would bury the rest of SB3's console table
 MAX_TASKS_IN_CONSOLE = 10
 # What is left of a longer key in SB3's console table: ``max_length`` of its HumanOutputFormat, less the dots
@@ -376,6 +379,126 @@ class MultiTaskEvalCallback(EvalCallback):
         # Dump log so the evaluation results are printed with the correct timestep
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(self.num_timesteps)
+
+
+class GateWeightsCallback(BaseCallback):
+    """
+    Play one episode of each task from time to time, and write down which experts the actor listens to.
+
+    For ``CMTASAC``. Each time a file ``gate_weights_<time steps>.npz`` is written, with ``weights`` (T, steps, k; NaN
+    after the end of an episode), ``lengths`` (T,) and ``task_names``; with matplotlib (the package's extra ``plots``) a heat
+    map beside it and in TensorBoard: experts by tasks, averaged over the episode, and over its steps.
+
+    :param eval_env: Environment with the tasks of the training environment, not the same object
+    :param save_path: Folder of the files
+    :param eval_freq: Play every ``eval_freq`` calls of the callback (each is one step of all sub-environments), at least 1
+    :param seed: Seed of ``eval_env`` before each time; None: no seeding
+    :param verbose: Verbosity level: 1 prints the name of each file
+    :raises ValueError: for a bad argument, or a model without gate
+    """
+
+    model: Any  # a CMTASAC, whose module imports this one
+
+    def __init__(
+        self,
+        eval_env: gym.Env | VecEnv,
+        save_path: str,
+        eval_freq: int = 10_000,
+        seed: int | None = DEFAULT_EVAL_SEED,
+        verbose: int = 0,
+    ):
+        super().__init__(verbose)
+        if eval_freq < 1:
+            raise ValueError(f"eval_freq must be at least 1, got {eval_freq}")
+        if not isinstance(eval_env, VecEnv):
+            gym_env = eval_env
+            eval_env = DummyVecEnv([lambda: gym_env])
+        self.eval_env = eval_env
+        self.save_path = save_path
+        self.eval_freq = eval_freq
+        self.seed = seed
+        self.task_names = get_task_names(eval_env)
+
+    def _init_callback(self) -> None:
+        if not hasattr(self.model.policy, "gate_weights"):
+            raise ValueError(f"GateWeightsCallback needs a policy with a gate, got {type(self.model.policy).__name__}")
+        if len(self.task_names) != get_num_tasks(self.training_env):
+            raise ValueError(
+                f"eval_env must have as many tasks as the training environment ({get_num_tasks(self.training_env)}), "
+                f"got {len(self.task_names)}"
+            )
+        os.makedirs(self.save_path, exist_ok=True)
+
+    def _on_step(self) -> bool:
+        if self.n_calls % self.eval_freq != 0:
+            return True
+        if self.model.get_vec_normalize_env() is not None:
+            sync_envs_normalization(self.training_env, self.eval_env)
+        episodes = self._play()
+        lengths = np.array([len(episode) for episode in episodes])
+        weights = np.full((len(episodes), lengths.max(), episodes[0].shape[1]), np.nan, dtype=np.float32)
+        for row, episode in zip(weights, episodes, strict=True):
+            row[: len(episode)] = episode
+        path = os.path.join(self.save_path, f"gate_weights_{self.num_timesteps}")
+        np.savez(f"{path}.npz", weights=weights, lengths=lengths, task_names=self.task_names)
+        if self.verbose >= 1:
+            print(f"Gate weights: {path}.npz")
+        if importlib.util.find_spec("matplotlib") is not None:
+            figure = plot_gate_weights(weights, self.task_names)
+            figure.savefig(f"{path}.png", dpi=150)
+            self.logger.record("eval/gate_weights", Figure(figure, close=False), exclude=("stdout", "log", "json", "csv"))
+        return True
+
+    def _play(self) -> list[np.ndarray]:
+        """Gate weights of the first finished episode of each task, ``(steps, k)``."""
+        num_tasks, env = len(self.task_names), self.eval_env
+        finished: dict[int, np.ndarray] = {}
+        steps: list[list[np.ndarray]] = [[] for _ in range(env.num_envs)]
+        n_episodes, max_episodes = 0, MAX_EPISODES_PER_GATE * num_tasks * env.num_envs
+        if self.seed is not None:
+            env.seed(self.seed)
+        obs: Any = env.reset()
+        state, starts = None, np.ones(env.num_envs, dtype=bool)
+        while len(finished) < num_tasks:
+            weights = self.model.policy.gate_weights(obs, state, starts)
+            actions, state = self.model.predict(obs, state=state, episode_start=starts, deterministic=True)
+            last_obs = obs
+            obs, _, starts, infos = env.step(actions)
+            for index, info in enumerate(infos):
+                steps[index].append(weights[index])
+                if starts[index]:
+                    row = last_obs[index] if isinstance(last_obs, np.ndarray) else None
+                    finished.setdefault(task_id_of_step(info, row, num_tasks), np.stack(steps[index]))
+                    steps[index] = []
+                    n_episodes += 1
+            if n_episodes > max_episodes:
+                missing = [name for task, name in enumerate(self.task_names) if task not in finished]
+                raise RuntimeError(f"eval_env does not reach the tasks {', '.join(missing)} in {n_episodes} episodes")
+        return [finished[task] for task in range(num_tasks)]
+
+
+def plot_gate_weights(weights: np.ndarray, task_names: Sequence[str]) -> Any:
+    """
+    :param weights: Gate weights ``(T, steps, k)``, NaN where an episode had ended
+    :param task_names: T names
+    :return: A matplotlib figure: experts by tasks, averaged over the episode (left) and over its steps (right)
+    """
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    num_tasks, _, n_experts = weights.shape
+    figure = MatplotlibFigure(figsize=(12, 1.5 + 0.35 * num_tasks), layout="constrained")
+    mean_axes, step_axes = figure.subplots(1, 2, width_ratios=[1, 3])
+    limits = dict(vmin=float(np.nanmin(weights)), vmax=float(np.nanmax(weights)), aspect="auto", interpolation="nearest")
+    image = mean_axes.imshow(np.nanmean(weights, axis=1), **limits)
+    mean_axes.set(xlabel="expert", title="mean over the episode", xticks=range(n_experts))
+    mean_axes.set_yticks(range(num_tasks), task_names)
+    # k lines per task
+    step_axes.imshow(weights.transpose(0, 2, 1).reshape(num_tasks * n_experts, -1), **limits)
+    step_axes.set(xlabel="step", title="over the episode, experts 0 (top) to k - 1 of each task", yticks=[])
+    for task in range(1, num_tasks):
+        step_axes.axhline(task * n_experts - 0.5, color="white", linewidth=1)
+    figure.colorbar(image, ax=step_axes, label="gate weight")
+    return figure
 
 
 class LossMaskoutCallback(BaseCallback):

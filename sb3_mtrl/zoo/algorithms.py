@@ -3,9 +3,15 @@ from typing import Any, NamedTuple
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from sb3_mtrl.cmtasac import CMTASAC
 from sb3_mtrl.mtsac import MTSAC
 from sb3_mtrl.pacosac import PaCoSAC
-from sb3_mtrl.zoo.hyperparams_opt import convert_multi_task_params, sample_mtsac_params, sample_pacosac_params
+from sb3_mtrl.zoo.hyperparams_opt import (
+    convert_multi_task_params,
+    sample_cmtasac_params,
+    sample_mtsac_params,
+    sample_pacosac_params,
+)
 
 
 class ZooAlgorithm(NamedTuple):
@@ -24,6 +30,7 @@ class ZooAlgorithm(NamedTuple):
 
 # name for --algo (and of its file in hyperparams/) -> class, sampler, converter
 ALGORITHMS: dict[str, ZooAlgorithm] = {
+    "cmtasac": ZooAlgorithm(CMTASAC, sample_cmtasac_params, convert_multi_task_params),
     "mtsac": ZooAlgorithm(MTSAC, sample_mtsac_params, convert_multi_task_params),
     "pacosac": ZooAlgorithm(PaCoSAC, sample_pacosac_params, convert_multi_task_params),
 }

@@ -63,6 +63,27 @@ def sample_pacosac_params(
     return convert_multi_task_params(params)
 
 
+def sample_cmtasac_params(
+    trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    :param trial: The trial to draw from
+    :param n_actions: Number of action dimensions
+    :param n_envs: Number of sub-environments (not used)
+    :param additional_args: More about the run (not used)
+    :return: Hyperparameters of CMTASAC
+    """
+    params = _sample_common_params(trial, n_actions)
+    # 6 are what was published
+    params["n_experts"] = trial.suggest_int("n_experts", 2, 12)
+    params["gate_sharing"] = trial.suggest_categorical("gate_sharing", ["full", "released", "actor"])
+    # Below the published 2500 as well: the larger it is, the less the value error shapes the experts
+    params["contrastive_coef"] = trial.suggest_float("contrastive_coef", 1.0, 10_000.0, log=True)
+    # The target encoder follows ten times as fast as the target critics in the authors' code
+    params["encoder_tau"] = trial.suggest_float("encoder_tau", 0.005, 0.2, log=True)
+    return convert_multi_task_params(params)
+
+
 def _sample_common_params(trial: "optuna.Trial", n_actions: int) -> dict[str, Any]:
     one_minus_gamma = trial.suggest_float("one_minus_gamma", 0.001, 0.03, log=True)
     # From 2**4=16 to 2**8=256
