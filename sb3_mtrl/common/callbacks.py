@@ -482,9 +482,12 @@ def plot_gate_weights(weights: np.ndarray, task_names: Sequence[str]) -> Any:
     :param weights: Gate weights ``(T, steps, k)``, NaN where an episode had ended
     :param task_names: T names
     :return: A matplotlib figure: experts by tasks, averaged over the episode (left) and over its steps (right)
+    :raises ImportError: if the package's extra ``plots`` is not installed
     """
-    from matplotlib.figure import Figure as MatplotlibFigure
-
+    try:
+        from matplotlib.figure import Figure as MatplotlibFigure
+    except ImportError as error:
+        raise ImportError("plot_gate_weights needs matplotlib: pip install sb3-mtrl[plots]") from error
     num_tasks, _, n_experts = weights.shape
     figure = MatplotlibFigure(figsize=(12, 1.5 + 0.35 * num_tasks), layout="constrained")
     mean_axes, step_axes = figure.subplots(1, 2, width_ratios=[1, 3])
