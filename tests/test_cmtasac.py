@@ -327,6 +327,16 @@ def test_one_update_equals_the_losses_written_out():
     assert models[0]._train_sums["critic_loss"].mean().item() == pytest.approx(losses["td"].item(), rel=1e-4)
 
 
+def test_a_spoilt_state_stays_with_its_task():
+    model = make_cmta(collect=60)
+    model.add_update_guard(DropTasks([False, False, False]))
+    buffer = model.replay_buffer
+    buffer._rows[: buffer.capacity_per_task, buffer._columns[STATE]] = np.nan
+    model.train(2)
+    assert all(tensor.isfinite().all() for tensor in parameters_of(model).values())
+    assert model.dropped_updates.tolist() == [2, 0, 0]
+
+
 # ----------------------------------------------------------------- limit case
 
 

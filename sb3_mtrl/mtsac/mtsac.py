@@ -544,7 +544,7 @@ class MTSAC(SAC):
         """
         if not isinstance(replay_data, MultiTaskReplayBufferSamples):
             return th.zeros(self.num_tasks, dtype=th.bool, device=self.device)
-        inputs = (replay_data.observations, replay_data.next_observations, replay_data.actions)
+        inputs = (replay_data.observations, replay_data.next_observations, replay_data.actions, *replay_data.extras.values())
         finite = th.stack([tensor.isfinite().all(dim=1) for tensor in inputs]).all(dim=0)
         for tensor in inputs:
             tensor.copy_(th.where(finite.unsqueeze(1), tensor, 0.0))
