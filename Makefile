@@ -7,10 +7,10 @@ STAMP = $(VENV)/.installed
 # make train ALGO=mtsac ENV=MetaWorld-MT10-v3 STEPS=100000 TRAIN_ARGS="--vec-env subproc"
 ALGO = pacosac
 ENV = MetaWorld-Quickstart-v3
-STEPS = 60000
+STEPS = 40000
 SEED = 0
 # Small networks gain nothing from a second thread, and lose much where something else runs.
-TRAIN_ARGS = --num-threads 1 --eval-freq 15000 --eval-episodes 40 -params random_baseline:True
+TRAIN_ARGS = --num-threads 1 --eval-freq 20000 --eval-episodes 40 -params random_baseline:True
 
 # Test processes at a time; each of them computes on one thread.
 JOBS = 2
