@@ -26,9 +26,9 @@ from sb3_mtrl.cmtasac.policies import (
 )
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import record_per_task
-from sb3_mtrl.common.torch_layers import check_choice, info_nce_losses
+from sb3_mtrl.common.torch_layers import info_nce_losses
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses
-from sb3_mtrl.common.utils import polyak_update_, step_unless
+from sb3_mtrl.common.utils import check_choice, polyak_update_, step_unless
 from sb3_mtrl.mtsac.mtsac import MTSAC, ReplaySamples
 from sb3_mtrl.mtsac.policies import sample_squashed_gaussian
 

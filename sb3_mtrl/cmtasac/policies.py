@@ -10,8 +10,8 @@ from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN
 from torch import nn
 
 from sb3_mtrl.common.policies import Layers
-from sb3_mtrl.common.torch_layers import ExpertGate, Experts, TaskEncoder, base_observation_space, check_choice, xavier_init_
-from sb3_mtrl.common.utils import split_observation
+from sb3_mtrl.common.torch_layers import ExpertGate, Experts, TaskEncoder, base_observation_space, xavier_init_
+from sb3_mtrl.common.utils import check_choice, split_observation
 from sb3_mtrl.mtsac.policies import MTSACActor, MTSACCritic, MTSACPolicy, sample_squashed_gaussian
 
 GATE_SHARING = ("full", "released", "actor")

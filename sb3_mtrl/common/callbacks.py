@@ -12,9 +12,8 @@ from stable_baselines3.common.logger import Figure, Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_normalization
 
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, evaluate_multi_task_policy, format_success_rates, task_id_of_step
-from sb3_mtrl.common.torch_layers import check_choice
 from sb3_mtrl.common.type_aliases import TaskLosses
-from sb3_mtrl.common.utils import get_num_tasks, get_task_names
+from sb3_mtrl.common.utils import check_choice, get_num_tasks, get_task_names
 
 # Not a seed that people give to a training, so that the goals of training and evaluation are different draws
 DEFAULT_EVAL_SEED = 1_000_000

@@ -8,21 +8,10 @@ import torch as th
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from torch import nn
 
-from sb3_mtrl.common.utils import split_observation
+from sb3_mtrl.common.utils import check_choice, split_observation
 
 W_INITS = ("normal", "onehot", "simplex", "uniform")
 W_ACTIVATIONS = ("identity", "softmax", "l2")
-
-
-def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """
-    :param name: Name of the argument
-    :param value: Value got
-    :param allowed: Values allowed
-    :raises ValueError: if the value is not allowed
-    """
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 class StackedMLP(nn.Module):
@@ -638,7 +627,6 @@ __all__ = [
     "TaskHeads",
     "activate_compositional_vectors",
     "base_observation_space",
-    "check_choice",
     "expert_similarities",
     "info_nce_losses",
     "init_compositional_vectors",

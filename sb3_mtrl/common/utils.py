@@ -1,11 +1,22 @@
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
 ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, th.Tensor)
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Value got
+    :param allowed: Values allowed
+    :raises ValueError: if the value is not allowed
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def get_num_tasks(env: VecEnv) -> int:

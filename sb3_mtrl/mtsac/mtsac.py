@@ -25,9 +25,9 @@ from stable_baselines3.sac.policies import SACPolicy
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import record_per_task
 from sb3_mtrl.common.policies import single_task_policy
-from sb3_mtrl.common.torch_layers import base_observation_space, check_choice
+from sb3_mtrl.common.torch_layers import base_observation_space
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses, UpdateGuard
-from sb3_mtrl.common.utils import get_num_tasks, get_task_names, polyak_update_, step_unless
+from sb3_mtrl.common.utils import check_choice, get_num_tasks, get_task_names, polyak_update_, step_unless
 from sb3_mtrl.common.vec_env import VecTaskNormalize
 from sb3_mtrl.mtsac.policies import N_HEADS, CnnPolicy, MlpPolicy, MTSACActor, MTSACCritic, MTSACPolicy, MultiInputPolicy
 

@@ -16,8 +16,8 @@ from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor, SACP
 from torch import nn
 
 from sb3_mtrl.common.policies import Layers
-from sb3_mtrl.common.torch_layers import GradientGate, StackedMLP, TaskHeads, base_observation_space, check_choice
-from sb3_mtrl.common.utils import split_observation
+from sb3_mtrl.common.torch_layers import GradientGate, StackedMLP, TaskHeads, base_observation_space
+from sb3_mtrl.common.utils import check_choice, split_observation
 
 N_HEADS = ("shared", "per_task")
 

@@ -15,9 +15,9 @@ from sb3_mtrl.common.torch_layers import (
     CompositionalMLP,
     GradientGate,
     activate_compositional_vectors,
-    check_choice,
     init_compositional_vectors,
 )
+from sb3_mtrl.common.utils import check_choice
 from sb3_mtrl.mtsac.policies import MTSACActor, MTSACCritic, MTSACPolicy, split_tasks_and_groups
 
 # Arguments of SB3's actor that PaCo's does not have
