@@ -7,9 +7,7 @@ first variant's time by this one's. Absolute times depend on the machine and on 
 
 import argparse
 import json
-import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,13 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_mtrl
+from benchmarks.speed.measure import Table, Variants, machine_line, print_table, summarize, time_in_turns
 from sb3_mtrl import MTSAC, PaCoSAC
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.vec_env import VecTaskAssignment
 from sb3_mtrl.envs import MetaWorldMultiTaskEnv, list_tasks
 
 OBS_DIM, ACTION_DIM = 39, 4
-Variants = dict[str, Callable[[], Any]]
 
 
 class RandomTasksEnv(gym.Env[np.ndarray, np.ndarray]):
@@ -57,42 +55,9 @@ class RandomTasksEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._observation(), float(self.np_random.uniform(0, 10)), False, False, {}
 
 
-def time_in_turns(variants: Variants, rounds: int) -> dict[str, np.ndarray]:
-    """
-    :param variants: What to time, by name
-    :param rounds: How often
-    :return: Seconds of each round, by name
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    for name in names:
-        variants[name]()  # warm up
-    for round_index in range(rounds):
-        for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
-            start = time.perf_counter()
-            variants[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in seconds.items()}
-
-
-def report(title: str, seconds: dict[str, np.ndarray], per_call: int = 1) -> dict[str, Any]:
-    """
-    Print one table and return it.
-
-    :param title: Its title; the first variant is the one that the others are compared with
-    :param seconds: What ``time_in_turns`` returned
-    :param per_call: How many units one call did
-    :return: Medians, spread and ratios, by variant
-    """
-    reference = next(iter(seconds.values()))
-    print(f"\n{title}\n{'':34s} {'median ms':>10s} {'quartiles':>19s} {'speed ratio':>12s}")
-    table = {}
-    for name, values in seconds.items():
-        low, median, high = np.percentile(values / per_call * 1e3, [25, 50, 75])
-        ratio = float(np.median(reference / values))
-        print(f"{name:34s} {median:10.3f} {low:9.3f}-{high:9.3f} {ratio:12.2f}")
-        table[name] = {"median_ms": float(median), "quartiles_ms": [float(low), float(high)], "speed_ratio": ratio}
-    return table
+def report(title: str, seconds: dict[str, np.ndarray], per_call: int = 1) -> Table:
+    """Print the table of one comparison and return it."""
+    return print_table(title, summarize(seconds, per_call))
 
 
 def make_model(algorithm: type[SAC], num_tasks: int, batch_size: int, **kwargs: Any) -> SAC:
@@ -189,7 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads is not None:
         th.set_num_threads(args.threads)
-    machine = f"{platform.processor() or platform.machine()}, {th.get_num_threads()} threads of PyTorch {th.__version__}"
+    machine = f"{machine_line()}, {th.get_num_threads()} threads of PyTorch"
     print(f"sb3_mtrl {sb3_mtrl.__version__}, {machine}, {args.rounds} rounds")
     results = {
         "machine": machine,

@@ -1,0 +1,114 @@
+"""What the speed measurements share: variants that take turns, medians with their spread, and a line on the machine."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Variants = dict[str, Callable[[], Any]]
+Table = dict[str, dict[str, Any]]
+
+
+def time_in_turns(
+    variants: Variants, rounds: int, clock: Callable[[], float] = time.perf_counter, seconds_at_most: float | None = None
+) -> dict[str, np.ndarray]:
+    """
+    Time variants in one process, each round in another order, after a call of each to warm up.
+
+    :param variants: What to time, by name
+    :param rounds: How often
+    :param clock: ``time.perf_counter`` for what a user waits for; ``time.process_time`` repeats better where other programs
+        run, but counts the time of all threads and none of child processes
+    :param seconds_at_most: End after the round (the third at the earliest) in which this much time has gone by; None: do all
+    :return: Seconds of each round, by name
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for variant in variants.values():
+        variant()
+    begin = time.perf_counter()
+    for round_index in range(rounds):
+        shift = round_index % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = clock()
+            variants[name]()
+            seconds[name].append(clock() - start)
+        if seconds_at_most is not None and round_index >= 2 and time.perf_counter() - begin > seconds_at_most:
+            break
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def summarize(seconds: dict[str, np.ndarray], units: int | dict[str, int] = 1, reference: str | None = None) -> Table:
+    """
+    :param seconds: What ``time_in_turns`` returned
+    :param units: How many units one call did, of all variants or of each by name
+    :param reference: The variant that the others are compared with; None: the first
+    :return: For each variant ``median_ms`` and ``quartiles_ms`` of a unit, ``speed_ratio`` (the median over the rounds of the
+        reference's time by this one's), its quartiles ``ratio_quartiles``, and ``rounds``
+    """
+    units = units if isinstance(units, dict) else dict.fromkeys(seconds, units)
+    reference = next(iter(seconds)) if reference is None else reference
+    reference_times = seconds[reference] / units[reference]
+    table = {}
+    for name, values in seconds.items():
+        times = values / units[name]
+        low, median, high = np.percentile(times * 1e3, [25, 50, 75])
+        ratio_low, ratio, ratio_high = np.percentile(reference_times / times, [25, 50, 75])
+        table[name] = {
+            "median_ms": float(median),
+            "quartiles_ms": [float(low), float(high)],
+            "speed_ratio": float(ratio),
+            "ratio_quartiles": [float(ratio_low), float(ratio_high)],
+            "rounds": len(values),
+        }
+    return table
+
+
+def print_table(title: str, table: Table) -> Table:
+    """
+    :param title: Its title
+    :param table: What ``summarize`` returned; a variant that is not measured has ``skipped``, the reason, instead
+    :return: The same table
+    """
+    width = max([34, *(len(name) for name in table)])
+    print(f"\n{title}")
+    print(f"{'':{width}s} {'median ms':>10s} {'quartiles':>19s} {'per second':>11s} {'speed ratio':>12s} {'quartiles':>11s}")
+    for name, row in table.items():
+        if "skipped" in row:
+            print(f"{name:{width}s} skipped: {row['skipped']}")
+            continue
+        low, high = row["quartiles_ms"]
+        ratio_low, ratio_high = row["ratio_quartiles"]
+        print(
+            f"{name:{width}s} {row['median_ms']:10.3f} {low:9.3f}-{high:9.3f} {1e3 / row['median_ms']:11.1f} "
+            f"{row['speed_ratio']:12.2f} {ratio_low:5.2f}-{ratio_high:5.2f}"
+        )
+    return table
+
+
+def machine_line() -> str:
+    """
+    :return: Processor, number of cores that this process may use, its load, and the versions that decide about speed
+    """
+    import torch as th
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = ""
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
+        known = set(next((line for line in lines if line.startswith("flags")), "").split())
+        flags = ", " + next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in known), "no AVX2")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = th.cuda.get_device_name() if th.cuda.is_available() else "no GPU"
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return (
+        f"{processor}{flags}, {cores} cores, {device}{load}, {platform.system()}, Python {platform.python_version()}, "
+        f"torch {th.__version__}, numpy {np.__version__}"
+    )
