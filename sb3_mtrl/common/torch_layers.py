@@ -167,9 +167,11 @@ class CompositionalLinear(nn.Module):
         weight, bias = (self.weight.detach(), self.bias.detach()) if frozen else (self.weight, self.bias)
         if frozen:
             w = w.detach()
-        n_networks, n_groups = len(weight), len(w)
-        composed_weight = th.matmul(w, weight.flatten(2)).view(n_networks, n_groups, self.in_features, self.out_features)
-        return composed_weight, th.matmul(w, bias).unsqueeze(2)
+        # One product (G, K) by (K, in out) per network. matmul would fold the networks into it, and the backward pass would
+        # transpose all of Phi for that
+        w = w.expand(len(weight), -1, -1)
+        composed_weight = th.bmm(w, weight.flatten(2)).unflatten(2, (self.in_features, self.out_features))
+        return composed_weight, th.bmm(w, bias).unsqueeze(2)
 
     @staticmethod
     def apply_composed(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
