@@ -115,12 +115,15 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         if psutil is None:
             return
         available = psutil.virtual_memory().available
-        if self._rows.nbytes > available:
+        if self._n_bytes() > available:
             warnings.warn(
                 "This system does not have apparently enough memory to store the complete "
-                f"replay buffer {self._rows.nbytes / 1e9:.2f}GB > {available / 1e9:.2f}GB",
+                f"replay buffer {self._n_bytes() / 1e9:.2f}GB > {available / 1e9:.2f}GB",
                 stacklevel=3,
             )
+
+    def _n_bytes(self) -> int:
+        return self._rows.nbytes
 
     def sizes(self) -> np.ndarray:
         """
@@ -177,7 +180,10 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         rows[:, columns["done"]] = terminations[:, None]
         for name in self.extra_columns:
             rows[:, columns[name]] = self._extra_values(name, infos, extras)
-        # Sub-environments on the same task take successive places of its ring
+        self._rows[self._take_places(task_ids)] = rows
+
+    def _take_places(self, task_ids: np.ndarray) -> np.ndarray:
+        """Next places in the rings of these tasks, ``(n_envs,)``; several rows of one task take successive ones."""
         places = np.empty(self.n_envs, dtype=np.int64)
         for env_index, task_id in enumerate(task_ids.tolist()):
             places[env_index] = task_id * self.capacity_per_task + self.pos[task_id]  # type: ignore[index]
@@ -185,7 +191,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
             if self.pos[task_id] == self.capacity_per_task:  # type: ignore[index]
                 self.pos[task_id] = 0  # type: ignore[index]
                 self.full[task_id] = True  # type: ignore[index]
-        self._rows[places] = rows
+        return places
 
     def _extra_values(self, name: str, infos: list[dict[str, Any]], extras: Mapping[str, np.ndarray] | None) -> np.ndarray:
         if extras is not None and name in extras:
@@ -224,8 +230,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         sizes = self.sizes()
         group_tasks = self._group_tasks(sizes)
         rows_in_ring = np.random.randint(0, sizes[group_tasks][:, None], size=(self.num_tasks, rows_per_task))
-        batch_inds = (rows_in_ring + group_tasks[:, None] * self.capacity_per_task).reshape(-1)
-        return self._get_samples(batch_inds, env)
+        return self._get_samples(rows_in_ring + group_tasks[:, None] * self.capacity_per_task, env)
 
     @staticmethod
     def _group_tasks(sizes: np.ndarray) -> np.ndarray:
@@ -239,17 +244,23 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         return group_tasks
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> MultiTaskReplayBufferSamples:  # type: ignore[override]
-        rows = self._rows.take(batch_inds, axis=0)  # (B, row)
-        group_tasks = batch_inds.reshape(self.num_tasks, -1)[:, 0] // self.capacity_per_task
+        """
+        :param batch_inds: Places ``(G, g)``, those of a row in the ring of one task
+        :param env: VecNormalize to normalise observations and rewards with
+        :return: The batch of ``B = G g`` rows
+        """
+        rows = self._rows.take(batch_inds.reshape(-1), axis=0)  # (B, row)
+        rows_per_group = batch_inds.shape[1]
+        group_tasks = batch_inds[:, 0] // self.capacity_per_task
         if env is not None:
-            self._normalize_rows(rows, group_tasks, env)
+            self._normalize_rows(rows, np.repeat(group_tasks, rows_per_group), env)
         batch = th.from_numpy(rows).to(self.device)
         groups = th.from_numpy(group_tasks).to(self.device)
         columns = self._columns
         observations, next_observations = batch[:, columns["obs"]], batch[:, columns["next_obs"]]
         if self.task_in_observation:
             one_hot = th.eye(self.num_tasks, device=self.device)[groups]
-            one_hot = one_hot.unsqueeze(1).expand(-1, len(rows) // self.num_tasks, -1).reshape(len(rows), -1)  # (B, T)
+            one_hot = one_hot.unsqueeze(1).expand(-1, rows_per_group, -1).reshape(len(rows), -1)  # (B, T)
             observations = th.cat([observations, one_hot], dim=1)
             next_observations = th.cat([next_observations, one_hot], dim=1)
         return MultiTaskReplayBufferSamples(
@@ -263,10 +274,9 @@ class MultiTaskReplayBuffer(ReplayBuffer):
             extras={name: batch[:, columns[name]] for name in self.extra_columns},
         )
 
-    def _normalize_rows(self, rows: np.ndarray, group_tasks: np.ndarray, env: VecNormalize) -> None:
+    def _normalize_rows(self, rows: np.ndarray, task_ids: np.ndarray, env: VecNormalize) -> None:
         """Normalise observations and rewards in place; the one-hot is put on only because VecNormalize expects it."""
         columns = self._columns
-        task_ids = np.repeat(group_tasks, len(rows) // self.num_tasks)
         one_hot = np.eye(self.num_tasks, dtype=np.float32)[task_ids][:, : self.num_tasks * self.task_in_observation]
         for name in ("obs", "next_obs"):
             obs = np.concatenate([rows[:, columns[name]], one_hot], axis=1)

@@ -2,16 +2,18 @@
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.logger import Logger
 
 
 class MultiTaskReplayBufferSamples(NamedTuple):
     """
-    A batch of ``B`` transitions in ``T`` groups of ``b = B / T`` rows; the rows of a group share their task.
+    A batch of ``B`` transitions in ``G`` groups of ``g = B / G`` rows; the rows of a group share their task.
 
-    The first six fields are those of SB3's ``ReplayBufferSamples``. Group ``i`` holds task ``i``; only while a task
-    has no transitions yet its group is filled with another task's, so that shapes never change.
+    The first six fields are those of SB3's ``ReplayBufferSamples``. Unequal shares of the tasks are unequal numbers of
+    groups, so that shapes never change. ``MultiTaskReplayBuffer`` makes one group per task, in order; only while a task has no
+    transitions yet its group is filled with another task's.
     """
 
     observations: th.Tensor  # (B, n + T), the one-hot restored
@@ -20,8 +22,10 @@ class MultiTaskReplayBufferSamples(NamedTuple):
     dones: th.Tensor  # (B, 1), 1 at true terminations only
     rewards: th.Tensor  # (B, 1)
     discounts: th.Tensor | None  # None: the algorithm's gamma
-    group_tasks: th.Tensor  # (T,) int64, the task of each group
+    group_tasks: th.Tensor  # (G,) int64, the task of each group
     extras: dict[str, th.Tensor]  # name -> (B, width), the extra columns
+    indices: np.ndarray | None = None  # (B,) int64, what to name the rows by when their priorities are updated
+    weights: th.Tensor | None = None  # (B, 1), importance weights of the critic loss; None: all 1
 
 
 class TaskLosses(NamedTuple):

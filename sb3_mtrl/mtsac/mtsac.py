@@ -467,10 +467,11 @@ class MTSAC(SAC):
         return dropped
 
     def _observations(self, replay_data: ReplaySamples) -> tuple[PyTorchObs, PyTorchObs]:
-        """Observations and next observations; in groups that share their task, ``(T, B / T, n + T)``, with several tasks."""
+        """Observations and next observations; in groups that share their task, ``(G, B / G, n + T)``, with several tasks."""
         if isinstance(replay_data, MultiTaskReplayBufferSamples) and self.num_tasks > 1:
             obs, next_obs = replay_data.observations, replay_data.next_observations
-            return obs.view(self.num_tasks, -1, obs.shape[1]), next_obs.view(self.num_tasks, -1, obs.shape[1])
+            n_groups = len(replay_data.group_tasks)
+            return obs.view(n_groups, -1, obs.shape[1]), next_obs.view(n_groups, -1, obs.shape[1])
         return replay_data.observations, replay_data.next_observations
 
     def _td_errors(self, replay_data: ReplaySamples, obs: PyTorchObs, next_obs: PyTorchObs, ent_coef: th.Tensor) -> th.Tensor:
@@ -521,8 +522,8 @@ class MTSAC(SAC):
         """Spread values per task ``(T,)`` over the rows of the batch: ``(B, 1)``, or ``(1,)`` with one task."""
         if not isinstance(replay_data, MultiTaskReplayBufferSamples):
             return task_values
-        rows_per_group = len(replay_data.rewards) // self.num_tasks
-        return task_values[replay_data.group_tasks].unsqueeze(1).expand(-1, rows_per_group).reshape(-1, 1)
+        groups = replay_data.group_tasks
+        return task_values[groups].unsqueeze(1).expand(-1, len(replay_data.rewards) // len(groups)).reshape(-1, 1)
 
     def _task_means(self, row_values: th.Tensor, replay_data: ReplaySamples) -> th.Tensor:
         """
@@ -533,9 +534,11 @@ class MTSAC(SAC):
         if not isinstance(replay_data, MultiTaskReplayBufferSamples):
             return row_values.mean(dim=0, keepdim=True).squeeze(1)
         groups = replay_data.group_tasks
-        group_means = row_values.view(self.num_tasks, -1, row_values.shape[1]).mean(dim=1)
-        n_groups = th.zeros_like(group_means).index_add_(0, groups, th.ones_like(group_means))
-        return (th.zeros_like(group_means).index_add_(0, groups, group_means) / n_groups.clamp(min=1)).squeeze(1)
+        # Groups are of one size, so the mean over a task's groups is the mean over its rows
+        group_means = row_values.view(len(groups), -1, row_values.shape[1]).mean(dim=1)
+        zeros = group_means.new_zeros(self.num_tasks, group_means.shape[1])
+        n_groups = zeros.index_add(0, groups, th.ones_like(group_means))
+        return (zeros.index_add(0, groups, group_means) / n_groups.clamp(min=1)).squeeze(1)
 
     def _keep(self, values: th.Tensor, dropped: th.Tensor | None, replay_data: ReplaySamples) -> th.Tensor:
         """
@@ -564,7 +567,7 @@ class MTSAC(SAC):
         finite = th.stack([tensor.isfinite().all(dim=1) for tensor in inputs]).all(dim=0)
         for tensor in inputs:
             tensor.copy_(th.where(finite.unsqueeze(1), tensor, 0.0))
-        spoilt_groups = ~finite.view(self.num_tasks, -1).all(dim=1)
+        spoilt_groups = ~finite.view(len(replay_data.group_tasks), -1).all(dim=1)
         spoilt = th.zeros(self.num_tasks, device=self.device)
         return spoilt.index_add_(0, replay_data.group_tasks, spoilt_groups.float()) > 0
 
