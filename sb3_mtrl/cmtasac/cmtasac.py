@@ -235,7 +235,6 @@ class CMTASAC(MTSAC):
 
     def _replay_buffer_settings(self) -> dict[str, Any]:
         settings = super()._replay_buffer_settings()
-        settings["task_in_observation"] = self.num_tasks > 1
         if self.use_temporal:
             settings["extra_columns"] = self._state_columns()
         return settings
@@ -338,7 +337,7 @@ class CMTASAC(MTSAC):
         td_errors = self.critic.latent_q_values(encoding.latent, replay_data.actions) - target_q_values
         task_losses = TaskLosses(self._task_means(self._critic_losses(td_errors), replay_data), None, None)
         dropped = self._dropped_tasks(task_losses, replay_data, spoilt)
-        critic_loss = self._critic_losses(self._keep(td_errors, dropped, replay_data)).mean()
+        critic_loss = self._critic_loss(td_errors, dropped, replay_data)
         contrastive_losses, similarities = self._contrastive_losses(encoding.expert_outputs, next_encoding.expert_outputs)
         if contrastive_losses is not None:
             contrastive_loss = self._keep(contrastive_losses, dropped, replay_data).mean()
@@ -362,6 +361,7 @@ class CMTASAC(MTSAC):
             self._optimize(self.ent_coef_optimizer, ent_coef_losses.mean(), dropped)
         for optimizer in self._shared_optimizers():
             step_unless(optimizer, None if dropped is None else dropped.all())
+        self._update_priorities(td_errors, dropped, replay_data)
         self._sum_train_values(task_losses.critic, self._task_means(actor_losses, replay_data), ent_coef_losses)
         self._sum_encoder_values(replay_data, actor_encoding, contrastive_losses, similarities)
         return dropped

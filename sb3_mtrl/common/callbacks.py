@@ -12,6 +12,7 @@ from stable_baselines3.common.logger import Figure, Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_normalization
 
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, evaluate_multi_task_policy, format_success_rates, task_id_of_step
+from sb3_mtrl.common.prioritized import TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.type_aliases import TaskLosses
 from sb3_mtrl.common.utils import check_choice, get_num_tasks, get_task_names
 
@@ -276,6 +277,9 @@ class MultiTaskEvalCallback(EvalCallback):
         if evaluation.has_success:
             self.last_task_success = dict(zip(self.task_names, evaluation.success_rates.tolist(), strict=True))
             self._is_success_buffer = evaluation.successes.astype(bool).tolist()
+            replay_buffer = getattr(self.model, "replay_buffer", None)
+            if isinstance(replay_buffer, TaskPrioritizedReplayBuffer) and replay_buffer.performance_source == "eval":
+                replay_buffer.set_task_performance(evaluation.success_rates)
         if self.log_path is None:
             return
         self.evaluations_timesteps.append(self.num_timesteps)

@@ -14,6 +14,7 @@ import numpy as np
 import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
@@ -27,9 +28,17 @@ from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import record_per_task
 from sb3_mtrl.common.cpu_tuning import fast_matmul, tuned_process
 from sb3_mtrl.common.policies import single_task_policy
+from sb3_mtrl.common.prioritized import SuccessWindows, TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.torch_layers import base_observation_space
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses, UpdateGuard
-from sb3_mtrl.common.utils import check_choice, get_num_tasks, get_task_names, polyak_update_, step_unless
+from sb3_mtrl.common.utils import (
+    check_choice,
+    get_num_tasks,
+    get_task_names,
+    polyak_update_,
+    step_unless,
+    task_ids_from_observation,
+)
 from sb3_mtrl.common.vec_env import VecTaskNormalize
 from sb3_mtrl.mtsac.policies import N_HEADS, CnnPolicy, MlpPolicy, MTSACActor, MTSACCritic, MTSACPolicy, MultiInputPolicy
 
@@ -181,6 +190,8 @@ class MTSAC(SAC):
         self.task_names = get_task_names(self.env) if self.env is not None else ()
         if len(self.task_names) != self.num_tasks:  # no environment yet, or one that names no tasks
             self.task_names = tuple(f"task-{task_id}" for task_id in range(self.num_tasks))
+        # What the task priorities of a TaskPrioritizedReplayBuffer follow, None without
+        self.success_windows: SuccessWindows | None = None
         self.update_guards: list[UpdateGuard] = []
         # Sums of logged values since the last dump, on the device
         self._train_sums: dict[str, th.Tensor] = {}
@@ -225,6 +236,10 @@ class MTSAC(SAC):
         self.policy_kwargs, self.replay_buffer_kwargs = policy_kwargs, replay_buffer_kwargs
         if isinstance(self.replay_buffer, MultiTaskReplayBuffer):
             self.replay_buffer.rows_per_task(self.batch_size)  # refuses a batch that has no equal shares
+        prioritized = self._prioritized_buffer
+        if prioritized is not None and self.num_tasks > 1 and prioritized.performance_source == "train":
+            # Those of a loaded model go on
+            self.success_windows = self.success_windows or SuccessWindows(self.num_tasks, prioritized.performance_window)
         if self.log_ent_coef is not None:
             self.log_ent_coef = self.log_ent_coef.detach().repeat(self.num_tasks).requires_grad_(True)
             learning_rate = self.ent_coef_learning_rate or self.lr_schedule(1)
@@ -239,6 +254,10 @@ class MTSAC(SAC):
         self._dropped_at_last_dump = self.dropped_updates.clone()
         self._warned_of_stuck_tasks = False
         self.update_guards.clear()
+
+    @property
+    def _prioritized_buffer(self) -> TaskPrioritizedReplayBuffer | None:
+        return self.replay_buffer if isinstance(self.replay_buffer, TaskPrioritizedReplayBuffer) else None
 
     def add_update_guard(self, guard: UpdateGuard) -> None:
         """
@@ -255,7 +274,7 @@ class MTSAC(SAC):
 
     def _replay_buffer_settings(self) -> dict[str, Any]:
         """Arguments of the multi-task replay buffer that follow from the algorithm's own."""
-        return dict(num_tasks=self.num_tasks)
+        return dict(num_tasks=self.num_tasks, task_in_observation=self.num_tasks > 1)
 
     def _check_multi_task_setup(self) -> None:
         base_observation_space(self.observation_space, self.num_tasks)
@@ -324,6 +343,39 @@ class MTSAC(SAC):
 
     # ---------------------------------------------------------------- rollouts
 
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if self.success_windows is not None and (reset_num_timesteps or self._last_obs is None):
+            self.success_windows.start_episodes(self.n_envs)  # SB3 resets the environment then
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        last_obs = self._last_obs
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        if self.success_windows is None:
+            return
+        assert isinstance(last_obs, np.ndarray)
+        task_ids = task_ids_from_observation(last_obs, self.num_tasks)
+        # This step is counted already
+        is_warm_up = self.num_timesteps - self.n_envs < self.learning_starts
+        changed = self.success_windows.add_step(task_ids, dones, infos, is_warm_up)
+        if changed and self._prioritized_buffer is not None:
+            self._prioritized_buffer.set_task_performance(self.success_windows.rates)
+
     def _sample_action(
         self,
         learning_starts: int,
@@ -349,6 +401,8 @@ class MTSAC(SAC):
         for optimizer, learning_rate in self._own_learning_rates():
             update_learning_rate(optimizer, learning_rate)
         update = self._joint_update if self.optimizer_order == "joint" else self._sequential_update
+        if self._prioritized_buffer is not None:
+            self._prioritized_buffer.anneal_beta(self._current_progress_remaining)
 
         for gradient_step in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size or self.batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
@@ -402,8 +456,7 @@ class MTSAC(SAC):
         if ent_coef_losses is not None and self.ent_coef_optimizer is not None:
             self._optimize(self.ent_coef_optimizer, ent_coef_losses.mean(), dropped)
 
-        critic_losses = self._critic_losses(self._keep(td_errors, dropped, replay_data))
-        self._optimize(self.critic.optimizer, critic_losses.mean(), dropped)
+        self._optimize(self.critic.optimizer, self._critic_loss(td_errors, dropped, replay_data), dropped)
 
         # Min over all critic networks, which are held constant here
         min_qf_pi = self.critic.q_values(obs, actions_pi, frozen=True).min(dim=0).values
@@ -412,6 +465,7 @@ class MTSAC(SAC):
 
         for optimizer in self._shared_optimizers():
             step_unless(optimizer, None if dropped is None else dropped.all())
+        self._update_priorities(td_errors, dropped, replay_data)
         self._sum_train_values(task_losses.critic, self._task_means(actor_losses, replay_data), ent_coef_losses)
         return dropped
 
@@ -449,10 +503,9 @@ class MTSAC(SAC):
         )
         dropped = self._dropped_tasks(task_losses, replay_data, spoilt)
 
-        critic_losses = self._critic_losses(self._keep(td_errors, dropped, replay_data))
         policy_improvement = (self._keep(action_grad, dropped, replay_data) * actions_pi).sum(dim=1, keepdim=True)
         actor_losses = self._keep(entropy_term - policy_improvement, dropped, replay_data)
-        loss = critic_losses.mean() + actor_losses.mean()
+        loss = self._critic_loss(td_errors, dropped, replay_data) + actor_losses.mean()
         auxiliary_losses = self._auxiliary_losses(obs, next_obs)
         if auxiliary_losses is not None:
             loss = loss + self._keep(auxiliary_losses, dropped, replay_data).mean()
@@ -463,6 +516,7 @@ class MTSAC(SAC):
         self._clip_gradients(self.actor.optimizer)
         for optimizer in optimizers:
             step_unless(optimizer, None if dropped is None else dropped.all())
+        self._update_priorities(td_errors, dropped, replay_data)
         self._sum_train_values(task_losses.critic, self._task_means(entropy_term - min_qf_pi, replay_data), ent_coef_losses)
         return dropped
 
@@ -493,6 +547,25 @@ class MTSAC(SAC):
     def _critic_losses(td_errors: th.Tensor) -> th.Tensor:
         """Loss of each row, ``(B, 1)``: half the squared errors, summed over the critics."""
         return 0.5 * td_errors.square().sum(dim=0)
+
+    def _critic_loss(self, td_errors: th.Tensor, dropped: th.Tensor | None, replay_data: ReplaySamples) -> th.Tensor:
+        """
+        The loss that is minimised, a scalar: one mean over the batch, in which a task counts by its number of rows, with the
+        importance weights of a prioritized buffer.
+        """
+        losses = self._critic_losses(self._keep(td_errors, dropped, replay_data))
+        weights = replay_data.weights if isinstance(replay_data, MultiTaskReplayBufferSamples) else None
+        return losses.mean() if weights is None else (weights * losses).mean()
+
+    def _update_priorities(self, td_errors: th.Tensor, dropped: th.Tensor | None, replay_data: ReplaySamples) -> None:
+        """Tell a prioritized buffer the errors ``(n_critics, B, 1)`` of this update; those of dropped tasks mean nothing."""
+        buffer = self._prioritized_buffer
+        if buffer is None or not isinstance(replay_data, MultiTaskReplayBufferSamples) or replay_data.indices is None:
+            return
+        sizes = buffer.td_error_sizes(td_errors.detach())
+        if dropped is not None:
+            sizes = th.where(self._rows(dropped, replay_data), th.nan, sizes)
+        buffer.update_priorities(replay_data.indices, sizes)
 
     def _auxiliary_losses(self, obs: PyTorchObs, next_obs: PyTorchObs) -> th.Tensor | None:
         """A further loss of each row for the critics' optimiser, ``(B, 1)``; read by the joint update only."""
@@ -668,7 +741,26 @@ class MTSAC(SAC):
                 self._record_per_task("train/dropped_updates", counts)
             for guard in self.update_guards:
                 guard.log_to(self.logger, self.task_names)
+        if self._prioritized_buffer is not None:
+            self._record_priorities(self._prioritized_buffer)
         super().dump_logs()
+
+    def _record_priorities(self, buffer: TaskPrioritizedReplayBuffer) -> None:
+        """``train/priority_*`` as they are now: shares of the tasks, success rates that they follow, highest priorities."""
+        self.logger.record("train/priority_beta", buffer.beta)
+        self.logger.record("train/priority_max", float(buffer.highest_priorities.max()))
+        if self.num_tasks == 1:
+            return
+        assert self.batch_size is not None
+        self._record_per_task("train/priority_max", buffer.highest_priorities.tolist())
+        self._record_per_task("train/priority_task", buffer.task_priorities.tolist())
+        self._record_per_task("train/priority_quota", buffer.quotas(self.batch_size).tolist())
+        rates = buffer.success_rates
+        if np.isfinite(rates).all():
+            self._record_per_task("train/priority_success", rates.tolist())
+            self.logger.record("train/priority_success", float(rates.mean()))
+            self.logger.record("train/priority_success_std", float(rates.std()))
+            self.logger.record("train/priority_success_worst", float(rates.min()))
 
     def _warn_of_tasks_that_do_not_learn(self) -> None:
         """Dropping a task keeps its loss from coming down, too: one that is dropped all the time will be for ever."""
