@@ -56,6 +56,7 @@ test-own: $(STAMP)
 test-sb3: export OMP_NUM_THREADS = 1
 test-sb3: $(STAMP)
 	$(BIN)/python -m tests.sb3_suite --algo MTSAC -q -n $(JOBS) $(TEST_ARGS)
+	$(BIN)/python -m tests.sb3_suite --algo tests.sb3_suite.variants:PrioritizedMTSAC -q -n $(JOBS) $(TEST_ARGS)
 	$(BIN)/python -m tests.sb3_suite --algo PaCoSAC -q -n $(JOBS) $(TEST_ARGS)
 	$(BIN)/python -m tests.sb3_suite --algo CMTASAC -q -n $(JOBS) $(TEST_ARGS)
 	$(BIN)/python -m tests.sb3_suite --algo tests.sb3_suite.variants:MemorylessCMTASAC -q -n $(JOBS) $(TEST_ARGS)

@@ -24,11 +24,11 @@ MAX_ROWS_PER_GROUP = 16
 
 class SumTree:
     """
-    A binary tree of sums for each task, all in one array, so that one walk serves the rows of all tasks.
+    A binary tree of sums for each of T tasks, in one array, so that one walk serves the rows of all tasks.
 
-    Row t of the array is a tree in the order of a heap: its root, the sum over task t, at 1, the children of i at 2i and
-    2i + 1, and the leaves from L on. A parent is always computed from its two children, never by adding differences: errors
-    do not add up, and at any time every node is what building the tree anew would give, to the bit.
+    The array is one heap with T roots: these are at T to 2T - 1, the children of node i at 2i and 2i + 1, and the leaves of
+    task t from (T + t) L on. A parent is always computed from its two children, never by adding differences: errors do not
+    add up, and at any time every node is what building the tree anew would give, to the bit.
 
     :param num_tasks: Number of tasks T
     :param capacity: Number of leaves that each task needs; L is the next power of two
@@ -37,7 +37,7 @@ class SumTree:
     def __init__(self, num_tasks: int, capacity: int):
         self.num_tasks = num_tasks
         self.n_leaves = self.leaves_for(capacity)
-        self.nodes = np.zeros((num_tasks, 2 * self.n_leaves), dtype=np.float64)
+        self.nodes = np.zeros(2 * num_tasks * self.n_leaves, dtype=np.float64)
 
     @staticmethod
     def leaves_for(capacity: int) -> int:
@@ -45,17 +45,17 @@ class SumTree:
         :param capacity: Number of leaves needed
         :return: The next power of two L
         """
-        return 1 << max(capacity - 1, 0).bit_length()
+        return 1 << (capacity - 1).bit_length()
 
     @property
     def totals(self) -> np.ndarray:
-        """Sum of each task's leaves, ``(T,)``."""
-        return self.nodes[:, 1]
+        """Sum of each task's leaves, a view ``(T,)``."""
+        return self.nodes[self.num_tasks : 2 * self.num_tasks]
 
     @property
     def leaves(self) -> np.ndarray:
         """All leaves, a view ``(T, L)``; after a change of them call ``rebuild``."""
-        return self.nodes[:, self.n_leaves :]
+        return self.nodes[self.num_tasks * self.n_leaves :].reshape(self.num_tasks, self.n_leaves)
 
     def get(self, task_ids: np.ndarray, slots: np.ndarray) -> np.ndarray:
         """
@@ -63,7 +63,7 @@ class SumTree:
         :param slots: Leaf of each row ``(n,)``
         :return: Their values ``(n,)``
         """
-        return self.nodes[task_ids, slots + self.n_leaves]
+        return self.leaves[task_ids, slots]
 
     def set(self, task_ids: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
         """
@@ -75,17 +75,16 @@ class SumTree:
         """
         if len(slots) == 0:
             return
-        flat = self.nodes.reshape(-1)
-        offsets = task_ids * (2 * self.n_leaves)
-        node = slots + self.n_leaves
-        flat[offsets + node] = values
-        # Computing a parent once for each of its rows is harmless; near the root, where that is more than there are nodes,
-        # the whole level is
-        level_start = self.n_leaves >> 1
-        while level_start * self.num_tasks > len(slots):
-            node = node >> 1
-            left = offsets + 2 * node
-            flat[offsets + node] = flat[left] + flat[left + 1]
+        node = (self.num_tasks + task_ids) * self.n_leaves + slots
+        self.nodes[node] = values
+        siblings = self.nodes.reshape(-1, 2)
+        # Computing a parent once for each of its rows is harmless; near the roots, where rows outnumber nodes, a whole level
+        # is computed instead
+        level_start = self.num_tasks * self.n_leaves >> 1
+        while level_start >= self.num_tasks and level_start > len(node):
+            node >>= 1
+            pairs = siblings.take(node, axis=0)
+            self.nodes[node] = pairs[:, 0] + pairs[:, 1]
             level_start >>= 1
         self._rebuild_from(level_start)
 
@@ -93,12 +92,12 @@ class SumTree:
         """
         Compute all sums from the leaves.
         """
-        self._rebuild_from(self.n_leaves >> 1)
+        self._rebuild_from(self.num_tasks * self.n_leaves >> 1)
 
     def _rebuild_from(self, level_start: int) -> None:
-        while level_start >= 1:
-            children = self.nodes[:, 2 * level_start : 4 * level_start]
-            np.add(children[:, ::2], children[:, 1::2], out=self.nodes[:, level_start : 2 * level_start])
+        while level_start >= self.num_tasks:
+            children = self.nodes[2 * level_start : 4 * level_start]
+            np.add(children[::2], children[1::2], out=self.nodes[level_start : 2 * level_start])
             level_start >>= 1
 
     def find(self, task_ids: np.ndarray, masses: np.ndarray) -> np.ndarray:
@@ -109,17 +108,15 @@ class SumTree:
         :param masses: Masses in [0, total of the task) ``(n,)``
         :return: Leaves ``(n,)``
         """
-        flat = self.nodes.reshape(-1)
-        offsets = task_ids * (2 * self.n_leaves)
-        node, masses = np.ones_like(task_ids), masses.copy()
+        node, masses = self.num_tasks + task_ids, masses.copy()
         for _ in range(self.n_leaves.bit_length() - 1):
-            node += node
-            left_sums = flat.take(offsets + node)
+            node <<= 1
+            left_sums = self.nodes.take(node)
             goes_right = masses >= left_sums
             left_sums *= goes_right
             masses -= left_sums
             node += goes_right
-        return node - self.n_leaves
+        return node & (self.n_leaves - 1)
 
 
 class SuccessWindows:

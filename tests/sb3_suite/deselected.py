@@ -54,6 +54,7 @@ _CMTA_TARGET = "expects targets that stand still with tau=0; the encoder of CMTA
 
 DESELECTED: tuple[Deselected, ...] = (
     Deselected("MTSAC", "test_tensorboard.py::test_tensorboard[sac]", _LOG_NAME),
+    Deselected("PrioritizedMTSAC", "test_tensorboard.py::test_tensorboard[sac]", _LOG_NAME),
     Deselected("PaCoSAC", "test_tensorboard.py::test_tensorboard[sac]", _LOG_NAME),
     Deselected("PaCoSAC", "test_gae.py::test_infinite_horizon", _TEMPERATURE),
     Deselected("PaCoSAC", "test_identity.py::test_continuous[PaCoSAC]", _TEMPERATURE),

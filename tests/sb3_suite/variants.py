@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from sb3_mtrl import CMTASAC
+from gymnasium import spaces
+
+from sb3_mtrl import CMTASAC, MTSAC
+from sb3_mtrl.common.prioritized import TaskPrioritizedReplayBuffer
 
 
 class MemorylessCMTASAC(CMTASAC):
@@ -13,3 +16,16 @@ class MemorylessCMTASAC(CMTASAC):
 
     def __init__(self, *args: Any, use_temporal: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, use_temporal=use_temporal, **kwargs)
+
+
+class PrioritizedMTSAC(MTSAC):
+    """
+    MTSAC as if its replay buffer were prioritized by default, wherever that buffer can serve: vector observations, one-step
+    returns, and no second choice by the caller.
+    """
+
+    def _setup_model(self) -> None:
+        is_vector = isinstance(self.observation_space, spaces.Box) and len(self.observation_space.shape) == 1
+        if is_vector and self.replay_buffer_class is None and self.n_steps == 1 and not self.optimize_memory_usage:
+            self.replay_buffer_class = TaskPrioritizedReplayBuffer
+        super()._setup_model()
