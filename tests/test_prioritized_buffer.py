@@ -262,8 +262,11 @@ ONE_HARD = [0.0] + [1.0] * 9
         (dict(rows_per_group=1, rho_min=0.25), [394, 99, 99, 99, 99, 98, 98, 98, 98, 98]),
         # Nothing for solved tasks but the least share
         (dict(rows_per_group=1, rho_min=0.0), [1244] + [4] * 9),
+        # In groups of 32, the default: 2.11 and 21.05 of 40 groups
+        (dict(), [672, 96] + [64] * 8),
         # In groups of 16: 4.21 and 42.11 of 80 groups
-        (dict(), [672, 80, 80] + [64] * 7),
+        (dict(rows_per_group=16), [672, 80, 80] + [64] * 7),
+        # In groups of 64 one for each, and the others for the unsolved task
         (dict(rows_per_group=64), [704] + [64] * 9),
         # exp(2) / (exp(2) + 9) of the batch: 577.09, the others 78.10
         (dict(rows_per_group=1, task_priority="softmax"), [577, 79] + [78] * 8),
@@ -312,7 +315,7 @@ def test_quotas_are_equal_until_every_task_is_known():
     assert buffer.quotas(48).tolist() == [16, 16, 16]
     buffer.set_task_performance(np.array([1.0, 1.0, 0.0]))
     assert buffer.task_priorities.tolist() == pytest.approx([0.1 / 1.2, 0.1 / 1.2, 1 / 1.2])
-    assert buffer.quotas(480).tolist() == [48, 32, 400]  # 2.5, 2.5 and 25 groups of 16
+    assert buffer.quotas(480).tolist() == [32, 32, 416]  # 1.25, 1.25 and 12.5 groups of 32
     # A new buffer of a resumed run has rows to collect first
     empty = make_buffer(3, n_envs=1)
     empty.set_task_performance(np.array([1.0, 1.0, 0.0]))
@@ -322,15 +325,15 @@ def test_quotas_are_equal_until_every_task_is_known():
     batch = empty.sample(48)
     assert set(tasks_of(batch)) == {1}
     add(empty, [0], [0.0])
-    assert empty.quotas(48).tolist() == [32, 16, 0]
+    assert empty.quotas(48).tolist() == [24, 24, 0]
     add(empty, [2], [0.0])
-    assert empty.quotas(48).tolist() == [16, 16, 16]  # 0.25, 0.25, 2.5 groups, and one for each at least
+    assert empty.quotas(48).tolist() == [4, 4, 40]  # 1, 1 and 10 groups of 4
 
 
 def test_batches_have_the_quotas_in_whole_groups():
     buffer = filled_buffer(3, 40)
     buffer.set_task_performance(np.array([1.0, 0.0, 0.5]))
-    for batch_size, group_size in ((96, 16), (72, 12), (51, 1)):
+    for batch_size, group_size in ((96, 8), (72, 6), (51, 1), (384, 32)):
         batch = buffer.sample(batch_size)
         assert batch.group_tasks.shape == (batch_size // group_size,)
         assert np.array_equal(tasks_of(batch), np.repeat(batch.group_tasks.numpy(), group_size))
@@ -604,7 +607,8 @@ def test_windows_hold_training_episodes_after_the_warm_up():
     for _ in range(3):
         step([True, True], [True, True])
     assert windows.rates.tolist() == [1.0, 1.0]  # of the last three
-    assert not windows.add_step(tasks, np.array([True, True]), [{}, {}], False)  # nobody says
+    with pytest.warns(UserWarning, match="the infos have no is_success"):
+        assert not windows.add_step(tasks, np.array([True, True]), [{}, {}], False)
 
 
 def test_training_feeds_the_task_priorities():
@@ -621,7 +625,7 @@ def test_training_feeds_the_task_priorities():
     model.learn(45, reset_num_timesteps=False)
     assert model.success_windows.rates.tolist() == [1.0, 0.0, 0.0]
     assert model.replay_buffer.success_rates.tolist() == [1.0, 0.0, 0.0]
-    assert model.replay_buffer.quotas(48).tolist() == [16, 16, 16]
+    # 0.71, 7.14 and 7.14 groups of 32
     assert model.replay_buffer.quotas(480).tolist() == [32, 224, 224]
     assert model.replay_buffer.beta == pytest.approx(0.4 + 0.6 * (1 - model._current_progress_remaining))
 
