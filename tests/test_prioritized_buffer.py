@@ -83,6 +83,20 @@ def test_the_last_of_several_values_for_a_leaf_stays():
     assert tree.totals.tolist() == [8.0]
 
 
+@pytest.mark.parametrize("capacity", [1, 6])
+def test_filling_a_task_keeps_the_sums_right(capacity):
+    tree = SumTree(3, capacity)
+    tree.leaves[:, :capacity] = np.random.default_rng(0).uniform(size=(3, capacity))
+    tree.rebuild()
+    others = tree.totals[[0, 2]].copy()
+    tree.fill(1, capacity, 0.1)
+    filled = tree.nodes.copy()
+    tree.rebuild()
+    assert np.array_equal(filled, tree.nodes)
+    assert tree.totals[1] == pytest.approx(0.1 * capacity)
+    assert np.array_equal(tree.totals[[0, 2]], others)
+
+
 # ------------------------------------------------------------- draws and weights
 
 
@@ -584,6 +598,21 @@ def test_dropped_tasks_and_spoilt_rows_keep_their_priorities():
     before = other.replay_buffer._tree.leaves.copy()
     other.train(1)
     assert np.array_equal(other.replay_buffer._tree.leaves, before)
+
+
+def test_a_task_that_is_not_finite_does_not_reach_the_others_through_its_groups():
+    model = prioritized_model(PaCoSAC, per=dict(rows_per_group=4), w_reset=False)
+    buffer = model.replay_buffer
+    buffer.set_task_performance(np.array([1.0, 0.2, 1.0]))
+    buffer._rows[buffer.capacity_per_task : buffer.capacity_per_task + 20, 0] = 1e38  # task 1, in 10 of 12 groups
+    before = parameters_of(model)
+    model.train(3)
+    assert model.dropped_updates.tolist() == [0.0, 3.0, 0.0]
+    after = parameters_of(model)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    w = "compositional_vectors"
+    assert th.equal(after[w][1], before[w][1])
+    assert not th.equal(after[w][0], before[w][0])
 
 
 def test_windows_hold_training_episodes_after_the_warm_up():

@@ -91,6 +91,21 @@ class SumTree:
             level_start >>= 1
         self._rebuild_from(level_start)
 
+    def fill(self, task: int, n_leaves: int, value: float) -> None:
+        """
+        Give the first leaves of a task one value.
+
+        :param task: Task id
+        :param n_leaves: How many leaves
+        :param value: Their value
+        """
+        self.leaves[task, :n_leaves] = value
+        start, size = (self.num_tasks + task) * self.n_leaves, self.n_leaves
+        while size > 1:
+            children = self.nodes[start : start + size]
+            start, size = start >> 1, size >> 1
+            np.add(children[::2], children[1::2], out=self.nodes[start : start + size])
+
     def rebuild(self) -> None:
         """
         Compute all sums from the leaves.
@@ -402,12 +417,12 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
     def _importance_weights(self, shares: _Shares, slots: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         leaves = self._tree.get(shares.row_tasks, slots)
         if self.per_style == "alf":
-            means = self._tree.totals / np.maximum(sizes, 1)
+            references = self._tree.totals / np.maximum(sizes, 1)  # the sum over N: the mean
         else:
             # N and the sum cancel in the division by the maximum, which belongs to the lowest priority
-            means = np.zeros(self.num_tasks)
-            means[shares.row_tasks[shares.starts]] = np.minimum.reduceat(leaves, shares.starts)
-        return (leaves / means[shares.row_tasks]) ** -self.beta
+            references = np.zeros(self.num_tasks)
+            references[shares.row_tasks[shares.starts]] = np.minimum.reduceat(leaves, shares.starts)
+        return (leaves / references[shares.row_tasks]) ** -self.beta
 
     def _current_shares(self, batch_size: int) -> _Shares:
         is_filled = self.sizes() > 0
@@ -481,8 +496,7 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         if not 0 <= task < self.num_tasks:
             raise ValueError(f"task must be between 0 and {self.num_tasks - 1}, got {task}")
         self.highest_priorities[task] = min(INITIAL_PRIORITY, self.max_priority)
-        self._tree.leaves[task, : self.sizes()[task]] = self.highest_priorities[task] ** self.alpha
-        self._tree.rebuild()
+        self._tree.fill(task, self.sizes()[task], self.highest_priorities[task] ** self.alpha)
 
     def set_task_performance(self, success_rates: np.ndarray) -> None:
         """
