@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_mtrl.common.vec_env import (
+    SharedMemoryVecEnv,
     TaskMeanStd,
     VecTaskAssignment,
     VecTaskNormalize,
@@ -24,7 +25,7 @@ from sb3_mtrl.common.vec_env import (
 )
 from tests.tiny_envs import PointTasksEnv
 
-VEC_ENVS = [DummyVecEnv, SubprocVecEnv]
+VEC_ENVS = [DummyVecEnv, SubprocVecEnv, SharedMemoryVecEnv]
 
 
 def point_venv(n_envs: int = 3, seed: int = 0, **kwargs) -> VecTaskAssignment:

@@ -26,7 +26,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_mtrl
 import sb3_mtrl.zoo
-from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize
+from sb3_mtrl.common.vec_env import SharedMemoryVecEnv, VecTaskAssignment, VecTaskNormalize
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.exp_manager import MultiTaskExperimentMixin, MultiTaskTrialEvalCallback
 from sb3_mtrl.zoo.report import VecTaskReport
@@ -510,3 +510,30 @@ def test_pruning_stops_the_trial() -> None:
     assert callback.is_pruned and model.num_timesteps == 60  # 2 evaluations x 10 vector steps x 3 sub-environments
     assert [step for _, step in trial.reports] == [1, 2]
     assert callback.value == trial.reports[-1][0] == callback.last_success_rate
+
+
+# ------------------------------------------------------- vector environments
+
+
+def test_shared_memory_vec_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = []
+    monkeypatch.setattr(MultiTaskExperimentMixin, "_maybe_normalize", lambda self, env, eval_env: made.append(env) or env)
+    zoo_train(
+        "--algo", "mtsac", *TINY_ENV, "-n", "30", "--eval-freq", "-1", "-params", *TINY_NETS, "vec_env:'shared'", "n_workers:2"
+    )  # fmt: skip
+    (env,) = made
+    assert isinstance(env, VecTaskAssignment)
+    assert isinstance(env.venv, SharedMemoryVecEnv)
+    assert env.venv.assignment == [[0, 2], [1]]
+    assert env.venv.closed
+
+
+@pytest.mark.parametrize(
+    "hyperparams, message",
+    [({"vec_env": "threads"}, "vec_env must be one of"), ({"n_workers": 2}, "n_workers is for vec_env='shared' alone")],
+)
+def test_wrong_vec_env(hyperparams: dict, message: str) -> None:
+    manager = manager_of("mtsac")
+    with pytest.raises(ValueError, match=message):
+        manager._choose_vec_env(hyperparams.get("vec_env"), hyperparams.get("n_workers"))

@@ -4,8 +4,10 @@ RL Zoo's experiment manager for multi-task algorithms. For every other algorithm
 What it adds for ours:
 
 * The hyperparameters come from ``hyperparams/<algo>.yml`` of this package (``-conf`` still wins). Keys beyond RL Zoo's:
-  ``batch_size_per_task`` (instead of ``batch_size``), ``random_baseline`` and ``tuning_objective`` (both below); the value
-  ``num_tasks`` stands for the number of tasks (``n_envs: num_tasks``).
+  ``batch_size_per_task`` (instead of ``batch_size``), ``vec_env`` with ``n_workers``, ``random_baseline`` and
+  ``tuning_objective`` (all three below); the value ``num_tasks`` stands for the number of tasks (``n_envs: num_tasks``).
+* ``vec_env: shared`` simulates in ``n_workers`` processes (default: one per core) with shared memory; ``dummy`` and
+  ``subproc`` are what they are for ``--vec-env``, which is overruled. ``-params "vec_env:'shared'"`` on the command line.
 * ``env_kwargs`` of the file reach the evaluation environment; ``--eval-env-kwargs`` is laid over them.
 * Sub-environments share the tasks out (``VecTaskAssignment``), also where no ``vec_env_wrapper`` asks for it.
 * Evaluation visits every task equally often, on goals that stay the same during the run and belong to a seed of their own.
@@ -38,7 +40,8 @@ from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_mtrl.common.callbacks import DEFAULT_EVAL_SEED, MultiTaskEvalCallback
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, RandomPolicy, evaluate_multi_task_policy, format_task_table
-from sb3_mtrl.common.vec_env import VecTaskNormalize
+from sb3_mtrl.common.vec_env import VecTaskNormalize, preload_worker_imports
+from sb3_mtrl.common.vec_env.make import add_n_workers, resolve_vec_env
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.utils import hyperparams_path
 
@@ -145,6 +148,7 @@ class MultiTaskExperimentMixin(ExperimentManager):
         if self.tuning_objective not in TUNING_OBJECTIVES:
             raise ValueError(f"tuning_objective must be one of {', '.join(TUNING_OBJECTIVES)}, got {self.tuning_objective!r}")
         self.random_baseline = hyperparams.pop("random_baseline", self.random_baseline)
+        self._choose_vec_env(hyperparams.pop("vec_env", None), hyperparams.pop("n_workers", None))
         processed = super()._preprocess_hyperparams(hyperparams)
         # RL Zoo settles this before it reads the file
         self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}
@@ -153,6 +157,13 @@ class MultiTaskExperimentMixin(ExperimentManager):
             # SB3 counts episodes: sub-environments that end together would write as many logs for one time step
             self.log_interval = -2
         return processed
+
+    def _choose_vec_env(self, name: str | None, n_workers: int | None) -> None:
+        if name is not None:
+            self.vec_env_class = resolve_vec_env(name)
+            if name != "dummy":
+                preload_worker_imports()
+        self.vec_env_kwargs = add_n_workers(self.vec_env_class, n_workers, self.vec_env_kwargs)  # type: ignore[arg-type]
 
     def _shorten_warm_up(self, hyperparams: dict[str, Any]) -> None:
         if "learning_starts" not in hyperparams or "learning_starts" in (self.custom_hyperparams or {}):

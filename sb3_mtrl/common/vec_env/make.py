@@ -6,15 +6,19 @@ from typing import Any
 
 import gymnasium as gym
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
+from sb3_mtrl.common.utils import check_choice
+from sb3_mtrl.common.vec_env.shared_memory_vec_env import SharedMemoryVecEnv
 from sb3_mtrl.common.vec_env.vec_task_assignment import VecTaskAssignment
+
+VEC_ENVS: dict[str, type[VecEnv]] = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv, "shared": SharedMemoryVecEnv}
 
 
 def preload_worker_imports() -> None:
     """
-    Let the workers of a ``SubprocVecEnv`` inherit the imports of this package, instead of each repeating them: PyTorch and
-    MuJoCo take seconds and 150 MiB per worker otherwise.
+    Let the workers of a ``SubprocVecEnv`` or ``SharedMemoryVecEnv`` inherit the imports of this package, instead of each
+    repeating them: PyTorch and MuJoCo take seconds and 150 MiB per worker otherwise.
 
     It counts for workers of the start method "forkserver" (SB3's choice where it exists) and must be called before the first
     of them starts. It replaces what ``multiprocessing.set_forkserver_preload`` was given before.
@@ -31,10 +35,12 @@ def make_multi_task_vec_env(
     monitor_dir: str | None = None,
     wrapper_class: Callable[[gym.Env], gym.Env] | None = None,
     env_kwargs: dict[str, Any] | None = None,
-    vec_env_cls: type[DummyVecEnv | SubprocVecEnv] | None = None,
+    vec_env_cls: type[VecEnv] | None = None,
     vec_env_kwargs: dict[str, Any] | None = None,
     monitor_kwargs: dict[str, Any] | None = None,
     wrapper_kwargs: dict[str, Any] | None = None,
+    vec_env: str | None = None,
+    n_workers: int | None = None,
 ) -> VecTaskAssignment:
     """
     SB3's ``make_vec_env`` for multi-task environments: the tasks are shared out among the sub-environments.
@@ -47,13 +53,18 @@ def make_multi_task_vec_env(
     :param monitor_dir: Folder of the monitor files; None writes none
     :param wrapper_class: Wrapper of each sub-environment, outside of ``Monitor``
     :param env_kwargs: Arguments of the environment
-    :param vec_env_cls: ``DummyVecEnv`` (default) or ``SubprocVecEnv`` (see :func:`preload_worker_imports`)
+    :param vec_env_cls: Class of the vector environment, instead of ``vec_env``
     :param vec_env_kwargs: Arguments of the vector environment
     :param monitor_kwargs: Arguments of ``Monitor``. Meta-World's files carry ``is_success`` and ``task_name`` unless
         ``info_keywords`` is given
     :param wrapper_kwargs: Arguments of ``wrapper_class``
+    :param vec_env: ``"dummy"`` (default): all sub-environments in this process. ``"subproc"``: one process each.
+        ``"shared"``: a few processes with several each, the fastest for Meta-World (:class:`SharedMemoryVecEnv`). See also
+        :func:`preload_worker_imports`, which is called here
+    :param n_workers: Number of processes of ``"shared"``; None for the number of cores
     :return: The vector environment, in a :class:`VecTaskAssignment`
-    :raises ValueError: if ``n_envs`` is below 1, the id is unknown, or the environment does not take tasks
+    :raises ValueError: if ``n_envs`` is below 1, the id or the kind of vector environment is unknown, arguments exclude each
+        other, or the environment does not take tasks
     """
     if n_envs < 1:
         raise ValueError(f"n_envs must be at least 1, got {n_envs}")
@@ -66,7 +77,12 @@ def make_multi_task_vec_env(
         env_kwargs.setdefault("render_mode", "rgb_array")
         if spec.id.startswith("MetaWorld-"):
             monitor_kwargs.setdefault("info_keywords", ("is_success", "task_name"))
-    if vec_env_cls is not None and issubclass(vec_env_cls, SubprocVecEnv):
+    if vec_env is not None and vec_env_cls is not None:
+        raise ValueError(f"vec_env and vec_env_cls exclude each other, got {vec_env!r} and {vec_env_cls.__name__}")
+    if vec_env_cls is None:
+        vec_env_cls = resolve_vec_env(vec_env or "dummy")
+    vec_env_kwargs = add_n_workers(vec_env_cls, n_workers, vec_env_kwargs)
+    if issubclass(vec_env_cls, (SubprocVecEnv, SharedMemoryVecEnv)):
         preload_worker_imports()
     venv = make_vec_env(
         env_id,
@@ -76,7 +92,7 @@ def make_multi_task_vec_env(
         monitor_dir=monitor_dir,
         wrapper_class=wrapper_class,
         env_kwargs=env_kwargs,
-        vec_env_cls=vec_env_cls,
+        vec_env_cls=vec_env_cls,  # type: ignore[arg-type]
         vec_env_kwargs=vec_env_kwargs,
         monitor_kwargs=monitor_kwargs,
         wrapper_kwargs=wrapper_kwargs,
@@ -86,6 +102,34 @@ def make_multi_task_vec_env(
     except ValueError:
         venv.close()
         raise
+
+
+def resolve_vec_env(name: str) -> type[VecEnv]:
+    """
+    :param name: ``"dummy"``, ``"subproc"`` or ``"shared"``
+    :return: The class of vector environments that this stands for
+    :raises ValueError: if it is none of these
+    """
+    check_choice("vec_env", name, tuple(VEC_ENVS))
+    return VEC_ENVS[name]
+
+
+def add_n_workers(
+    vec_env_cls: type[VecEnv], n_workers: int | None, vec_env_kwargs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """
+    :param vec_env_cls: Class of the vector environment
+    :param n_workers: Number of its workers; None leaves it to the class
+    :param vec_env_kwargs: Its other arguments
+    :return: All its arguments
+    :raises ValueError: if the class has no workers that could be counted
+    """
+    vec_env_kwargs = dict(vec_env_kwargs or {})
+    if n_workers is None:
+        return vec_env_kwargs
+    if not issubclass(vec_env_cls, SharedMemoryVecEnv):
+        raise ValueError(f"n_workers is for vec_env='shared' alone, got n_workers={n_workers} for {vec_env_cls.__name__}")
+    return {**vec_env_kwargs, "n_workers": n_workers}
 
 
 def _find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
