@@ -1,0 +1,205 @@
+"""
+Speed of the Meta-World environments: ``python -m benchmarks.speed.simulator``.
+
+* one step and one reset, Meta-World's own code against the fast one, means over MT10, in CPU time of this process; "physics
+  alone" is what remains if everything but MuJoCo's step and forward pass is left out;
+* one environment step in the vector environments on MT10, in wall-clock time, which needs a quiet machine, and in CPU time of
+  this process and its workers (Linux).
+
+The variants of a table take turns, each round in another order; a ratio is the median over the rounds of the first variant's
+time by this one's. Quote the ratios and the load average, not the times.
+"""
+
+import argparse
+import json
+import multiprocessing as mp
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mujoco
+import numpy as np
+
+import sb3_mtrl
+from sb3_mtrl.common.vec_env import make_multi_task_vec_env
+from sb3_mtrl.envs import MetaWorldMultiTaskEnv, list_tasks
+
+TASKS = list_tasks("MT10")
+NO_END = 10**9
+Variants = dict[str, Callable[[], Any]]
+
+
+def random_actions(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(-1, 1, (*shape, 4)).astype(np.float32)
+
+
+def time_in_turns(variants: Variants, rounds: int, clock: Callable[[], Any]) -> dict[str, np.ndarray]:
+    """
+    :param variants: What to time, by name
+    :param rounds: How often
+    :param clock: Returns seconds, or an array of them by several clocks
+    :return: Seconds of each round (rounds, ...), by name
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for name in names:
+        variants[name]()  # warm up
+    for round_index in range(rounds):
+        shift = round_index % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = clock()
+            variants[name]()
+            seconds[name].append(clock() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def cpu_time() -> float:
+    """CPU time of this process and its workers."""
+    total = time.process_time()
+    for process in mp.active_children():
+        total += int(Path(f"/proc/{process.pid}/schedstat").read_text(encoding="ascii").split()[0]) * 1e-9
+    return total
+
+
+def wall_and_cpu_time() -> np.ndarray:
+    return np.array([time.perf_counter(), cpu_time() if sys.platform == "linux" else np.nan])
+
+
+def report(title: str, seconds: dict[str, np.ndarray], per_call: int) -> dict[str, Any]:
+    """
+    Print a table and return it.
+
+    :param title: Its title; the first variant is the one that the others are compared with
+    :param seconds: What ``time_in_turns`` returned
+    :param per_call: How many steps or resets one call did
+    :return: Medians, spread and ratios by variant, and the load average
+    """
+    reference = next(iter(seconds.values()))
+    load = os.getloadavg()[0]
+    print(f"\n{title} (load average {load:.1f})")
+    print(f"{'':24s} {'median us':>10s} {'quartiles':>19s} {'per second':>11s} {'speed ratio':>12s}")
+    table: dict[str, Any] = {}
+    for name, values in seconds.items():
+        low, median, high = np.percentile(values / per_call * 1e6, [25, 50, 75])
+        ratio = float(np.median(reference / values))
+        print(f"{name:24s} {median:10.1f} {low:9.1f}-{high:9.1f} {1e6 / median:11.0f} {ratio:12.2f}", flush=True)
+        table[name] = {"median_us": float(median), "quartiles_us": [float(low), float(high)], "speed_ratio": ratio}
+    return {"load_average": load, "variants": table}
+
+
+def make_envs(fast: bool) -> list[MetaWorldMultiTaskEnv]:
+    envs = [MetaWorldMultiTaskEnv(task_name, fast=fast, goals="fixed", horizon=NO_END) for task_name in TASKS]
+    for env in envs:
+        env.reset(seed=0)
+    return envs
+
+
+def step_physics(env: MetaWorldMultiTaskEnv, actions: np.ndarray) -> None:
+    """What of a step cannot be left out."""
+    simulation: Any = env._env
+    for action in actions:
+        simulation.set_xyz_action(action[:3])
+        simulation.data.ctrl[:] = action[3], -action[3]
+        mujoco.mj_step(simulation.model, simulation.data, nstep=simulation.frame_skip)
+        mujoco.mj_forward(simulation.model, simulation.data)
+
+
+def measure_steps(rounds: int, n_steps: int = 100) -> dict[str, Any]:
+    actions = random_actions(n_steps)
+
+    def step_all(envs: list[MetaWorldMultiTaskEnv]) -> None:
+        for env in envs:
+            for action in actions:
+                env.step(action)
+
+    stock, fast, physics = make_envs(False), make_envs(True), make_envs(True)
+    variants: Variants = {
+        "fast=False": lambda: step_all(stock),
+        "fast=True": lambda: step_all(fast),
+        "physics alone": lambda: [step_physics(env, actions) for env in physics],
+    }
+    return report("one step, mean over MT10", time_in_turns(variants, rounds, time.process_time), n_steps * len(TASKS))
+
+
+def measure_resets(rounds: int) -> dict[str, Any]:
+    """To goals that were visited before, as nearly all of them are in a training."""
+    stock, fast = make_envs(False), make_envs(True)
+    variants: Variants = {
+        "fast=False": lambda: [env.reset() for env in stock],
+        "fast=True": lambda: [env.reset() for env in fast],
+    }
+    return report("one reset, mean over MT10", time_in_turns(variants, rounds, time.process_time), len(TASKS))
+
+
+def measure_vec_envs(rounds: int, n_steps: int = 50, n_workers: int | None = None) -> dict[str, Any]:
+    """Steps without resets; one sub-environment per task."""
+    actions = random_actions(n_steps, len(TASKS))
+    venvs = {}
+    for fast in (False, True):
+        for kind in ("dummy", "subproc", "shared"):
+            venvs[f"{kind}, fast={fast}"] = make_multi_task_vec_env(
+                "MT10",
+                n_envs=len(TASKS),
+                seed=0,
+                env_kwargs={"fast": fast, "horizon": NO_END},
+                vec_env=kind,
+                n_workers=n_workers if kind == "shared" else None,
+            )
+
+    def step(venv: Any) -> None:
+        for vector_action in actions:
+            venv.step(vector_action)
+
+    try:
+        for venv in venvs.values():
+            venv.reset()
+        variants: Variants = {name: lambda venv=venv: step(venv) for name, venv in venvs.items()}  # type: ignore[misc]
+        seconds = time_in_turns(variants, rounds, wall_and_cpu_time)
+    finally:
+        for venv in venvs.values():
+            venv.close()
+    tables = {}
+    for column, clock in enumerate(("wall", "CPU")):
+        one_clock = {name: values[:, column] for name, values in seconds.items()}
+        tables[clock] = report(f"one environment step in a vector of MT10, {clock} time", one_clock, n_steps * len(TASKS))
+    return tables
+
+
+def measure(rounds: int, n_workers: int | None = None) -> dict[str, Any]:
+    """
+    :param rounds: Rounds of each table
+    :param n_workers: Workers of the shared-memory vector environment; None for the number of cores
+    :return: All tables
+    """
+    return {
+        "step": measure_steps(rounds),
+        "reset": measure_resets(rounds),
+        "vec_env": measure_vec_envs(rounds, n_workers=n_workers),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=None, help="of the shared-memory vector environment (default: cores)")
+    parser.add_argument("--output", type=Path, default=None, help="write the tables to this JSON file")
+    args = parser.parse_args()
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, MuJoCo {mujoco.__version__}"
+    print(f"sb3_mtrl {sb3_mtrl.__version__}, {machine}, {args.rounds} rounds")
+    results = {
+        "machine": machine,
+        "rounds": args.rounds,
+        "date": time.strftime("%Y-%m-%d"),
+        **measure(args.rounds, args.workers),
+    }
+    if args.output is not None:
+        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"\nwritten to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
