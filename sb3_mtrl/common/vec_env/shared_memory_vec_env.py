@@ -345,12 +345,12 @@ class SharedMemoryVecEnv(VecEnv):
         while pending:
             if not (all_ready := wait([*pending, *sentinels], ALIVE_CHECK_INTERVAL)):
                 # A child of a worker's own may keep its pipe and its sentinel open
-                for worker in pending.values():
-                    if not self._processes[worker].is_alive():
-                        self._raise_death(worker)
+                for connection, silent in pending.items():
+                    if not self._processes[silent].is_alive() and not connection.poll():
+                        self._raise_death(silent)
             for ready in all_ready:
-                worker = pending.get(ready, sentinels.get(ready, -1))
-                if worker in replies:
+                worker = pending.get(ready, sentinels.get(ready))
+                if worker is None:  # it replied and ended, both at once
                     continue
                 connection = self._connections[worker]
                 if ready is not connection and not connection.poll():
