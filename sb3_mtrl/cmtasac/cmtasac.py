@@ -215,17 +215,9 @@ class CMTASAC(MTSAC):
             )
 
     def _check_temporal_setup(self) -> None:
-        if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, MultiTaskReplayBuffer):
-            raise ValueError(
-                "replay_buffer_class must be None, MultiTaskReplayBuffer or a subclass with use_temporal=True, "
-                f"got {self.replay_buffer_class.__name__} (it does not store recurrent states)"
-            )
+        self._check_replay_settings("use_temporal=True", "does not store recurrent states")
         if "extra_columns" in self.replay_buffer_kwargs:
             raise ValueError("replay_buffer_kwargs must not set extra_columns with use_temporal=True, which needs its own")
-        if self.n_steps > 1:
-            raise ValueError(f"n_steps must be 1 with use_temporal=True, got {self.n_steps}")
-        if self.optimize_memory_usage:
-            raise ValueError("optimize_memory_usage must be False with use_temporal=True, got True")
 
     def _policy_settings(self) -> dict[str, Any]:
         settings = super()._policy_settings()

@@ -278,15 +278,24 @@ class MTSAC(SAC):
 
     def _check_multi_task_setup(self) -> None:
         base_observation_space(self.observation_space, self.num_tasks)
+        self._check_replay_settings(f"num_tasks={self.num_tasks}", "does not balance tasks")
+
+    def _check_replay_settings(self, reason: str, lack: str) -> None:
+        """
+        Refuse what rules out ``MultiTaskReplayBuffer``.
+
+        :param reason: What asks for that buffer
+        :param lack: What other buffers lack
+        """
         if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, MultiTaskReplayBuffer):
             raise ValueError(
-                f"replay_buffer_class must be None, MultiTaskReplayBuffer or a subclass with num_tasks={self.num_tasks}, "
-                f"got {self.replay_buffer_class.__name__} (it does not balance tasks)"
+                f"replay_buffer_class must be None, MultiTaskReplayBuffer or a subclass with {reason}, "
+                f"got {self.replay_buffer_class.__name__} (it {lack})"
             )
         if self.n_steps > 1:
-            raise ValueError(f"n_steps must be 1 with num_tasks={self.num_tasks}, got {self.n_steps}")
+            raise ValueError(f"n_steps must be 1 with {reason}, got {self.n_steps}")
         if self.optimize_memory_usage:
-            raise ValueError(f"optimize_memory_usage must be False with num_tasks={self.num_tasks}, got True")
+            raise ValueError(f"optimize_memory_usage must be False with {reason}, got True")
 
     def _check_env_tasks(self, env: VecEnv) -> None:
         """Refuse an environment of other tasks, or whose observations lose the task; warn where tasks are not shared out."""
@@ -416,9 +425,10 @@ class MTSAC(SAC):
                 self.policy.gradient_gate.dropped_groups = None
             if gradient_step % self.target_update_interval == 0:
                 self._update_target_networks()
-            if self.max_ent_coef is not None and self.log_ent_coef is not None:
+            if self.max_ent_coef is not None:
                 with th.no_grad():
-                    self.log_ent_coef.clamp_(max=math.log(self.max_ent_coef))
+                    for log_ent_coef in self._log_ent_coefs():
+                        log_ent_coef.clamp_(max=math.log(self.max_ent_coef))
             if dropped is not None:
                 self.dropped_updates.add_(dropped)
                 for guard in self.update_guards:
@@ -579,9 +589,16 @@ class MTSAC(SAC):
 
     def _bounded_log_ent_coef(self) -> th.Tensor:
         assert self.log_ent_coef is not None
+        return self._bounded_below(self.log_ent_coef)
+
+    def _bounded_below(self, log_ent_coef: th.Tensor) -> th.Tensor:
         if self.min_ent_coef is None:
-            return self.log_ent_coef
-        return self.log_ent_coef.clamp(min=math.log(self.min_ent_coef))
+            return log_ent_coef
+        return log_ent_coef.clamp(min=math.log(self.min_ent_coef))
+
+    def _log_ent_coefs(self) -> list[th.Tensor]:
+        """Logarithms of all learned entropy coefficients, each of one entry per task."""
+        return [] if self.log_ent_coef is None else [self.log_ent_coef]
 
     def _ent_coef_losses(self, log_prob: th.Tensor, replay_data: ReplaySamples, dropped: th.Tensor | None) -> th.Tensor | None:
         """Loss of each row on its task's entropy coefficient, ``(B, 1)``; None if the coefficient is fixed."""

@@ -364,7 +364,8 @@ class MTSACPolicy(SACPolicy):
         """Keyword arguments of an actor or critic, its features extractor made for what the network observes."""
         network_kwargs = {**network_kwargs, "num_tasks": self.num_tasks}
         if self.num_tasks > 1 and not observe_task:
-            network_kwargs["observation_space"] = base_observation_space(self.observation_space, self.num_tasks)
+            observation_space = base_observation_space(network_kwargs["observation_space"], self.num_tasks)
+            network_kwargs["observation_space"] = observation_space
         if features_extractor is None:
             features_extractor = self.features_extractor_class(
                 network_kwargs["observation_space"], **self.features_extractor_kwargs

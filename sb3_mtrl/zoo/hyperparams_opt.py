@@ -84,6 +84,31 @@ def sample_cmtasac_params(
     return convert_multi_task_params(params)
 
 
+def sample_tsacsac_params(
+    trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    :param trial: The trial to draw from
+    :param n_actions: Number of action dimensions
+    :param n_envs: Number of sub-environments (not used)
+    :param additional_args: More about the run (not used)
+    :return: Hyperparameters of TSACSAC
+    """
+    params = _sample_common_params(trial, n_actions)
+    params["n_heads"] = trial.suggest_categorical("n_heads", ["shared", "per_task"])
+    # Of the scale of the dense reward (at most 10 per step in Meta-World): a tenth of it was not enough on a small decoy task
+    params["success_bonus"] = trial.suggest_float("success_bonus", 1.0, 30.0, log=True)
+    # Scripted experts are in success for 0.06 to 0.9 of 500 steps, 0.2 to 0.65 of 150
+    params["sparse_budget"] = trial.suggest_float("sparse_budget", 0.05, 0.8)
+    params["lambda_mode"] = trial.suggest_categorical("lambda_mode", ["per_task", "shared"])
+    params["lambda_learning_rate"] = trial.suggest_float("lambda_learning_rate", 1e-3, 3e-2, log=True)
+    params["lambda_max"] = trial.suggest_float("lambda_max", 2.0, 30.0, log=True)
+    params["action_distance"] = trial.suggest_categorical("action_distance", ["hinge", "l2"])
+    # Around the default -n_actions (1 + ln 2)
+    params["edit_target_entropy"] = trial.suggest_float("edit_target_entropy", -3.0 * n_actions, -0.5 * n_actions)
+    return convert_multi_task_params(params)
+
+
 def _sample_common_params(trial: "optuna.Trial", n_actions: int) -> dict[str, Any]:
     one_minus_gamma = trial.suggest_float("one_minus_gamma", 0.001, 0.03, log=True)
     # From 2**4=16 to 2**8=256
