@@ -1,4 +1,4 @@
-"""Saving, loading, resuming and exporting MTSAC and PaCoSAC with several tasks."""
+"""Saving, loading, resuming and exporting with several tasks."""
 
 import io
 
@@ -9,15 +9,15 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.sac.policies import SACPolicy
 
-from sb3_mtrl import MTSAC, PaCoSAC
+from sb3_mtrl import MTSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.policies import export_onnx
 from sb3_mtrl.common.vec_env import VecTaskNormalize
 from tests.models import NUM_TASKS, make_env, make_model, parameters_of
 from tests.tiny_envs import PointTasksEnv
 
-ALGORITHMS = [MTSAC, PaCoSAC]
-VARIANTS = [
+ALGORITHMS = [MTSAC, PaCoSAC, TSACSAC]
+EXPORTABLE = [
     (MTSAC, {}),
     (MTSAC, dict(n_heads="per_task")),
     (MTSAC, dict(policy_kwargs=dict(observe_task=False))),
@@ -26,6 +26,7 @@ VARIANTS = [
     (PaCoSAC, dict(structure="output_only")),
     (PaCoSAC, dict(policy_kwargs=dict(w_activation="softmax"))),
 ]
+VARIANTS = [*EXPORTABLE, (TSACSAC, {}), (TSACSAC, dict(n_heads="per_task")), (TSACSAC, dict(base="paco"))]
 
 
 def random_observations(n: int = 12) -> np.ndarray:
@@ -100,7 +101,8 @@ def test_loading_for_other_tasks_is_refused(algorithm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "env_tasks", "kwargs"), [(MTSAC, 2, {}), (PaCoSAC, 2, {}), (PaCoSAC, 3, dict(n_param_sets=2))]
+    ("algorithm", "env_tasks", "kwargs"),
+    [(MTSAC, 2, {}), (PaCoSAC, 2, {}), (PaCoSAC, 3, dict(n_param_sets=2)), (TSACSAC, 2, {})],
 )
 def test_parameters_of_other_shapes_are_refused_and_nothing_changes(algorithm, env_tasks, kwargs):
     parameters = make_model(algorithm).get_parameters()
@@ -146,7 +148,7 @@ def test_loading_from_a_file_object_and_with_another_number_of_sub_environments(
     assert loaded._n_updates > n_updates
 
 
-@pytest.mark.parametrize(("algorithm", "kwargs"), VARIANTS)
+@pytest.mark.parametrize(("algorithm", "kwargs"), EXPORTABLE)
 def test_exported_task_policies_act_alike(algorithm, kwargs, tmp_path):
     model = make_model(algorithm, learning_starts=20, **kwargs)
     model.learn(60)
@@ -229,7 +231,7 @@ class ScaledActions(PointTasksEnv):
         self.action_space = type(self.action_space)(0.0, 4.0, (2,), np.float32)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC])
 def test_onnx_gives_the_same_actions(algorithm, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
     env = DummyVecEnv([ScaledActions])

@@ -8,6 +8,8 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.envs import IdentityEnvBox
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.nn import functional as F
 
@@ -343,21 +345,27 @@ def test_target_critics_follow():
 
 
 def test_hinge_is_zero_without_edit_and_for_an_edit_that_improves():
-    model = make_tsac(collect=30)
-    obs = model._observations(model.replay_buffer.sample(24))[0]
-    proposal = th.rand(24, 2) - 0.5
-    value = model.critic.q_values(obs, proposal).min(dim=0).values
-    assert model._distances(proposal, proposal, value, value).tolist() == [[0.0]] * 24
-    better, worse = value + 0.5, value - 2.0
-    assert not model._distances(proposal, proposal, better, value).any()
-    th.testing.assert_close(model._distances(proposal, proposal, worse, value), th.full((24, 1), 2.0))
+    model = make_tsac()
+    proposal, value, value_grad = th.rand(5, 2) - 0.5, th.randn(5, 1), th.ones(5, 2)
+
+    def hinge(edited_value: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        return model._distances(proposal, proposal, edited_value, value, value_grad)
+
+    for edited_value in (value, value + 0.5):
+        assert not any(part.any() for part in hinge(edited_value))
+    distance, gradient = hinge(value - 2.0)
+    th.testing.assert_close(distance, th.full((5, 1), 2.0))
+    th.testing.assert_close(gradient, -value_grad)
 
 
 def test_l2_distance_by_hand():
-    """((0.3)^2 + (-0.4)^2) / 2 = 0.125"""
+    """((0.3)^2 + (-0.4)^2) / 2 = 0.125, with gradient 2 / 2 (0.3, -0.4)"""
     model = make_tsac(action_distance="l2")
-    distance = model._distances(th.tensor([[0.5, 0.1]]), th.tensor([[0.2, 0.5]]), th.zeros(1, 1), None)
+    distance, gradient = model._distances(
+        th.tensor([[0.5, 0.1]]), th.tensor([[0.2, 0.5]]), th.zeros(1, 1), None, th.zeros(1, 2)
+    )
     assert distance.item() == pytest.approx(0.125)
+    th.testing.assert_close(gradient, th.tensor([[0.3, -0.4]]))
 
 
 # ---------------------------------------------------------------------- lambda
@@ -834,3 +842,15 @@ def test_the_correction_leads_where_the_dense_reward_does_not():
         actions[algorithm] = model.predict(obs, deterministic=True)[0][:, 0] * [1, -1]
     np.testing.assert_allclose(actions[MTSAC], [-0.5, -0.5], atol=0.2)
     assert np.all(actions[TSACSAC] > 0.3)
+
+
+def test_without_lambda_one_task_is_solved_as_by_sac():
+    """SB3's own test of SAC (``test_identity.py::test_continuous``), whose environment never says success."""
+    env = IdentityEnvBox(eps=0.5)
+    model = TSACSAC(
+        "MlpPolicy", env, learning_rate=1e-3, lambda_init=0.0, policy_kwargs=dict(net_arch=[64, 64]), seed=0, gamma=0.95
+    )
+    with pytest.warns(UserWarning, match="infos hold no 'success'"):
+        model.learn(400)
+    mean_reward, _ = evaluate_policy(model, env, n_eval_episodes=20, warn=False)
+    assert mean_reward > 90

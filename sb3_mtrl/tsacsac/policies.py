@@ -56,9 +56,7 @@ class TSACPolicy(MTSACPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         if self.actor_kwargs["use_sde"]:
-            raise ValueError(
-                "use_sde must be False, got True (the noise of the action-correction policy depends on the state alone)"
-            )
+            raise ValueError("use_sde must be False, got True (the standard deviation of TSAC's edits depends on the state)")
         super()._build(lr_schedule)
         self.editor = self.make_editor()
         self.editor.optimizer = self.optimizer_class(self.editor.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]

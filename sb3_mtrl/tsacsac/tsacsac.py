@@ -422,13 +422,14 @@ class TSACSAC(MTSAC):
             TaskLosses(task_critic_losses + task_sparse_critic_losses, None, None), replay_data, spoilt
         )
 
-        # The graph is cut at a_hat. Whatever is computed from here on then serves both policies: its gradient with respect
-        # to a_hat is phi's, also through da, and its gradient with respect to psi is that for a constant proposal.
+        # The graph is cut at a_hat and at a, so that one pass of each network serves both policies: what reaches a_hat, also
+        # through da, is phi's, and what reaches psi is as for a constant proposal
         proposal = self._keep(proposals.detach(), dropped, replay_data).requires_grad_()
         # da ~ pi_psi(. | o, a_hat)
         edits, edit_log_prob = self.policy.sample_edits(obs, proposal)
         edit_log_prob = edit_log_prob.reshape(-1, 1)
         actions = edit_actions(proposal, edits)
+        action = actions.detach().requires_grad_()
 
         self._update_lambda(dropped)
         # The coefficients were read above, so this step does not change the losses below
@@ -442,29 +443,39 @@ class TSACSAC(MTSAC):
         sparse_critic_losses = self._critic_losses(self._keep(sparse_td_errors, dropped, replay_data))
         self._optimize(self.sparse_critic.optimizer, sparse_critic_losses.mean(), dropped)
 
-        # Min over all critic networks, which are held constant here
-        values = self.critic.q_values(obs, actions, frozen=True).min(dim=0).values
-        sparse_values = self.sparse_critic.q_values(obs, actions, frozen=True).min(dim=0).values
+        # Min over all critic networks, which are held constant here, and d Q / d a
+        values = self.critic.q_values(obs, action, frozen=True).min(dim=0).values
+        sparse_values = self.sparse_critic.q_values(obs, action, frozen=True).min(dim=0).values
+        (value_grad,) = th.autograd.grad(values.sum(), action)  # (B, n_actions)
+        (sparse_value_grad,) = th.autograd.grad(sparse_values.sum(), action)
         proposed_values = self._proposed_values(obs, proposal)
 
         # L_phi = alpha log pi_phi(a_hat | o) - Q_d(o, a), with g = d Q_d / d a_hat
-        sp_values = values if self.sp_value_on == "edited" or proposed_values is None else proposed_values
-        (g,) = th.autograd.grad(sp_values.sum(), proposal, retain_graph=True)
+        if self.sp_value_on == "edited" or proposed_values is None:
+            sp_values = values
+            (g,) = th.autograd.grad(actions, proposal, value_grad, retain_graph=True)
+        else:
+            sp_values = proposed_values
+            (g,) = th.autograd.grad(proposed_values.sum(), proposal)
+        entropy_term = ent_coef * log_prob
         policy_improvement = (self._keep(g, dropped, replay_data) * proposals).sum(dim=1, keepdim=True)
-        entropy_term = self._keep(ent_coef * log_prob, dropped, replay_data)
-        self._optimize(self.actor.optimizer, (entropy_term - policy_improvement).mean(), dropped)
+        actor_losses = self._keep(entropy_term - policy_improvement, dropped, replay_data)
+        self._optimize(self.actor.optimizer, actor_losses.mean(), dropped)
 
         # L_psi = alpha log pi_psi(da | o, a_hat) + w_d distance - w_s Q_s(o, a)
-        distances = self._distances(actions, proposal, values, proposed_values)
+        distances, distance_grad = self._distances(action.detach(), proposal.detach(), values, proposed_values, value_grad)
         dense_weight, sparse_weight = self._reward_weights(replay_data)
-        edit_losses = edit_ent_coef * edit_log_prob + dense_weight * distances - sparse_weight * sparse_values
-        self._optimize(self.editor.optimizer, self._keep(edit_losses, dropped, replay_data).mean(), dropped)
+        edit_grad = self._keep(dense_weight * distance_grad - sparse_weight * sparse_value_grad, dropped, replay_data)
+        edit_entropy_term = edit_ent_coef * edit_log_prob
+        edit_losses = self._keep(edit_entropy_term + (edit_grad * actions).sum(dim=1, keepdim=True), dropped, replay_data)
+        self._optimize(self.editor.optimizer, edit_losses.mean(), dropped)
 
         for optimizer in self._shared_optimizers():
             step_unless(optimizer, None if dropped is None else dropped.all())
-        actor_losses = ent_coef * log_prob - sp_values
-        self._sum_train_values(task_critic_losses, self._task_means(actor_losses, replay_data), ent_coef_losses)
-        self._sum_edit_values(replay_data, proposal, actions, distances, edit_losses, task_sparse_critic_losses)
+        task_actor_losses = self._task_means(entropy_term - sp_values, replay_data)
+        self._sum_train_values(task_critic_losses, task_actor_losses, ent_coef_losses)
+        edit_losses = edit_entropy_term + dense_weight * distances - sparse_weight * sparse_values
+        self._sum_edit_values(replay_data, proposal, action, distances, edit_losses, task_sparse_critic_losses)
         return dropped
 
     def _both_td_errors(
@@ -520,14 +531,21 @@ class TSACSAC(MTSAC):
             return self.critic.q_values(obs, proposal, frozen=True).min(dim=0).values
 
     def _distances(
-        self, actions: th.Tensor, proposal: th.Tensor, values: th.Tensor, proposed_values: th.Tensor | None
-    ) -> th.Tensor:
-        """What the edit of each row costs, ``(B, 1)``."""
+        self,
+        action: th.Tensor,
+        proposal: th.Tensor,
+        values: th.Tensor,
+        proposed_values: th.Tensor | None,
+        value_grad: th.Tensor,
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """What the edit of each row costs, ``(B, 1)``, and its derivative by the action, ``(B, n_actions)``."""
         if self.action_distance == "l2":
-            return (actions - proposal).square().mean(dim=1, keepdim=True)
+            difference = action - proposal
+            return difference.square().mean(dim=1, keepdim=True), 2 / difference.shape[1] * difference
         # An edit that raises the dense value costs nothing
         assert proposed_values is not None
-        return F.relu(proposed_values.detach() - values)
+        losses = F.relu(proposed_values - values).detach()
+        return losses, th.where(losses > 0, -value_grad, 0.0)
 
     def _log_ent_coefs(self) -> list[th.Tensor]:
         return [*super()._log_ent_coefs(), *([] if self.log_edit_ent_coef is None else [self.log_edit_ent_coef])]

@@ -57,6 +57,17 @@ _CMTA_EXTRACTOR = (
 )
 _CMTA_TARGET = "expects targets that stand still with tau=0; the encoder of CMTA's targets follows at encoder_tau"
 
+_TSAC_VECTORS = "observations that are no vectors, with which no buffer stores sparse rewards: refused at construction"
+_TSAC_BUFFER = "a replay buffer of SB3, or an option of one, that stores no sparse rewards: refused at construction"
+_TSAC_COLUMNS = "reads the arrays of SB3's replay buffer; MultiTaskReplayBuffer keeps a transition in one row"
+_TSAC_SDE = "use_sde=True, which is refused at construction: the standard deviation of TSAC's edits depends on the state"
+_TSAC_ACTOR = "expects predict of the policy to be that of its actor; TSAC's policy corrects what the actor proposes"
+_TSAC_WARNING = "expects no warning; this environment never says success, of which TSACSAC warns"
+_TSAC_SUCCESS = (
+    "expects a good policy after 400 steps of an environment that never says success: lambda rises all the time (with "
+    "lambda_init=0 the test's result is met, see test_without_lambda_one_task_is_solved_as_by_sac)"
+)
+
 DESELECTED: tuple[Deselected, ...] = (
     Deselected("MTSAC", "test_tensorboard.py::test_tensorboard[sac]", _LOG_NAME),
     Deselected("PrioritizedMTSAC", "test_tensorboard.py::test_tensorboard[sac]", _LOG_NAME),
@@ -119,4 +130,40 @@ DESELECTED: tuple[Deselected, ...] = (
     Deselected("MemorylessCMTASAC", "test_spaces.py::test_sde_multi_dim", _CMTA_SDE),
     Deselected("MemorylessCMTASAC", "test_identity.py::test_continuous[MemorylessCMTASAC]", _CMTA_EXPLORATION),
     Deselected("MemorylessCMTASAC", "test_train_eval_mode.py::test_sac_train_with_batch_norm", _CMTA_TARGET),
+    Deselected("TSACSAC", "test_tensorboard.py::test_tensorboard[sac]", _LOG_NAME),
+    Deselected("TSACSAC", "test_cnn.py::test_cnn[False-TSACSAC]", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_cnn.py::test_features_extractor_target_net", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_cnn.py::test_image_like_input", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_dict_env.py::test_consistency[TSACSAC]", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_dict_env.py::test_dict_spaces", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_dict_env.py::test_multiprocessing[TSACSAC]", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_dict_env.py::test_dict_vec_framestack", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_dict_env.py::test_vec_normalize[TSACSAC]", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_gae.py::test_infinite_horizon", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_her.py::test_her", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_her.py::test_goal_selection_strategy", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_her.py::test_save_load", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_her.py::test_save_load_replay_buffer", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_her.py::test_full_replay_buffer", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_vec_normalize.py::test_her_normalization", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_n_step_replay.py::test_n_steps_with_dict_obs", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_save_load.py::test_save_load_policy[False-CnnPolicy-TSACSAC]", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_save_load.py::test_save_load_policy[True-CnnPolicy-TSACSAC]", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_spaces.py::test_identity_spaces", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_spaces.py::test_float64_action_space[action_space0-obs_space2-TSACSAC]", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_spaces.py::test_float64_action_space[action_space0-obs_space3-TSACSAC]", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_spaces.py::test_float64_action_space[action_space1-obs_space2-TSACSAC]", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_spaces.py::test_float64_action_space[action_space1-obs_space3-TSACSAC]", _TSAC_VECTORS),
+    Deselected("TSACSAC", "test_n_step_replay.py::test_run[TSACSAC]", _TSAC_BUFFER),
+    Deselected("TSACSAC", "test_n_step_replay.py::test_n_steps_warns_with_custom_replay_buffer_class", _TSAC_BUFFER),
+    Deselected("TSACSAC", "test_n_step_replay.py::test_n_steps_custom_class_no_warnings", _TSAC_BUFFER),
+    Deselected("TSACSAC", "test_save_load.py::test_warn_buffer[True-TSACSAC]", _TSAC_BUFFER),
+    Deselected("TSACSAC", "test_save_load.py::test_save_load_replay_buffer[TSACSAC]", _TSAC_COLUMNS),
+    Deselected("TSACSAC", "test_run.py::test_offpolicy_multi_env[TSACSAC]", _TSAC_SDE),
+    Deselected("TSACSAC", "test_save_load.py::test_save_load_policy[True-MlpPolicy-TSACSAC]", _TSAC_SDE),
+    Deselected("TSACSAC", "test_sde.py::test_state_dependent_noise", _TSAC_SDE),
+    Deselected("TSACSAC", "test_spaces.py::test_sde_multi_dim", _TSAC_SDE),
+    Deselected("TSACSAC", "test_save_load.py::test_save_load_policy[False-MlpPolicy-TSACSAC]", _TSAC_ACTOR),
+    Deselected("TSACSAC", "test_save_load.py::test_warn_buffer[False-TSACSAC]", _TSAC_WARNING),
+    Deselected("TSACSAC", "test_identity.py::test_continuous[TSACSAC]", _TSAC_SUCCESS),
 )
