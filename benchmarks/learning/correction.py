@@ -136,6 +136,7 @@ def train(method: str, seed: int, rounds: int, n_envs: int = 15) -> dict[str, An
         policy_kwargs=dict(net_arch=[64, 64]),
         seed=seed,
         device="cpu",
+        cpu_tuning=False,  # the networks are small
     )
     if method == "TSACSAC":
         model: MTSAC = TSACSAC("MlpPolicy", env, sparse_budget=0.5, success_bonus=BONUS, **settings)
