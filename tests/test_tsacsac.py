@@ -656,6 +656,8 @@ def test_policies_that_do_not_fit_are_refused():
         TSACSAC(MTSACPolicy, make_env())
     with pytest.raises(ValueError, match="policy must be a subclass of TSACPolicy with base='mtsac', got PaCoTSACPolicy"):
         TSACSAC(PaCoTSACPolicy, make_env())
+    with pytest.raises(ValueError, match=r"policy must be 'MlpPolicy' or a subclass .* got 'CnnPolicy'"):
+        TSACSAC("CnnPolicy", make_env())
     assert TSACSAC(PaCoTSACPolicy, make_env(), base="paco", device="cpu").base == "paco"
 
 

@@ -6,10 +6,9 @@ Does action correction escape a decoy? TSACSAC against MTSAC on the dense reward
 A point has to reach a goal, in three tasks that one policy shares. They differ in the dense reward only, which pays at most 10
 per step:
 
-    clean   grows with progress and is largest at the goal
-    decoy   grows to 9 on the way, stays there over a plateau, is 0 behind it and 10 at the goal alone: going on costs 9 per
-            step first
-    cost    grows with progress by less than an action costs
+    clean   10 times the progress from start to goal
+    decoy   grows to 9 on the way and stays there over a plateau; behind it 0, and 10 at the goal: going on costs 9 a step
+    cost    the progress minus 5 |a|^2: a step at full speed costs what the progress that it makes pays in 50 steps
 
 The sparse reward is 10 for each step at the goal. A finished run is one line of ``correction.csv`` and is not repeated;
 ``correction.png`` shows them all.
