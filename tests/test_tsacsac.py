@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from sb3_mtrl import MTSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import LossMaskoutCallback, WResetCallback
+from sb3_mtrl.common.prioritized import TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize
 from sb3_mtrl.mtsac.policies import MTSACPolicy
 from sb3_mtrl.tsacsac.policies import PaCoTSACPolicy, attach_proposals, edit_actions
@@ -683,6 +684,7 @@ def test_defaults_and_budgets():
         dict(base="paco", policy_kwargs=dict(structure="output_only", w_learning_rate=1e-4)),
         dict(max_grad_norm=0.5),
         dict(train_freq=4, gradient_steps=2),
+        dict(replay_buffer_class=TaskPrioritizedReplayBuffer),
         dict(env="two"),
     ],
 )

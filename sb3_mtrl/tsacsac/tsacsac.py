@@ -310,11 +310,7 @@ class TSACSAC(MTSAC):
         return settings
 
     def _replay_buffer_settings(self) -> dict[str, Any]:
-        return {
-            **super()._replay_buffer_settings(),
-            "task_in_observation": self.num_tasks > 1,
-            "extra_columns": {SPARSE_REWARD: 1},
-        }
+        return {**super()._replay_buffer_settings(), "extra_columns": {SPARSE_REWARD: 1}}
 
     # ---------------------------------------------------------------- rollouts
 
@@ -438,10 +434,8 @@ class TSACSAC(MTSAC):
             edit_ent_coef_losses = self._edit_ent_coef_losses(edit_log_prob, replay_data, dropped)
             self._optimize(self.ent_coef_optimizer, (ent_coef_losses + edit_ent_coef_losses).mean(), dropped)
 
-        critic_losses = self._critic_losses(self._keep(td_errors, dropped, replay_data))
-        self._optimize(self.critic.optimizer, critic_losses.mean(), dropped)
-        sparse_critic_losses = self._critic_losses(self._keep(sparse_td_errors, dropped, replay_data))
-        self._optimize(self.sparse_critic.optimizer, sparse_critic_losses.mean(), dropped)
+        self._optimize(self.critic.optimizer, self._critic_loss(td_errors, dropped, replay_data), dropped)
+        self._optimize(self.sparse_critic.optimizer, self._critic_loss(sparse_td_errors, dropped, replay_data), dropped)
 
         # Min over all critic networks, which are held constant here, and d Q / d a
         values = self.critic.q_values(obs, action, frozen=True).min(dim=0).values
@@ -472,6 +466,7 @@ class TSACSAC(MTSAC):
 
         for optimizer in self._shared_optimizers():
             step_unless(optimizer, None if dropped is None else dropped.all())
+        self._update_priorities(th.cat([td_errors, sparse_td_errors]), dropped, replay_data)
         task_actor_losses = self._task_means(entropy_term - sp_values, replay_data)
         self._sum_train_values(task_critic_losses, task_actor_losses, ent_coef_losses)
         edit_losses = edit_entropy_term + dense_weight * distances - sparse_weight * sparse_values
