@@ -125,6 +125,8 @@ class CMTASAC(MTSAC):
         ent_coef_loss: str = "alpha",
         recompute_states: bool = False,
         cpu_tuning: bool = True,
+        amp: str = "none",
+        overlap: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -175,6 +177,8 @@ class CMTASAC(MTSAC):
             max_ent_coef=max_ent_coef,
             max_grad_norm=max_grad_norm,
             cpu_tuning=cpu_tuning,
+            amp=amp,
+            overlap=overlap,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
@@ -385,7 +389,8 @@ class CMTASAC(MTSAC):
         """InfoNCE of each row ``(B, 1)`` and similarities of the experts ``(B, k, k)``; None without contrastive loss."""
         if outputs is None or next_outputs is None:
             return None, None
-        return info_nce_losses(outputs, next_outputs, self.contrastive_temperature)
+        with th.autocast(self.device.type, enabled=False):  # cosines are compared after a division by the temperature
+            return info_nce_losses(outputs.float(), next_outputs.float(), self.contrastive_temperature)
 
     def _auxiliary_losses(self, obs: PyTorchObs, next_obs: PyTorchObs) -> th.Tensor | None:
         if not self._is_contrastive:

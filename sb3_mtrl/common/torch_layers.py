@@ -14,6 +14,22 @@ W_INITS = ("normal", "onehot", "simplex", "uniform")
 W_ACTIVATIONS = ("identity", "softmax", "l2")
 
 
+def precise_baddbmm(bias: th.Tensor, x: th.Tensor, weight: th.Tensor) -> th.Tensor:
+    """
+    ``baddbmm`` that stays in float32 under autocast, for the last layer of critics: bfloat16 has 8 bits, and a value of 1000
+    rounded to them is off by up to 2.
+
+    :param bias: ``(N, 1, out)``
+    :param x: ``(N, B, in)``
+    :param weight: ``(N, in, out)``
+    :return: ``(N, B, out)``
+    """
+    if not th.is_autocast_enabled(x.device.type):
+        return th.baddbmm(bias, x, weight)
+    with th.autocast(x.device.type, enabled=False):
+        return th.baddbmm(bias.float(), x.float(), weight.float())
+
+
 class StackedMLP(nn.Module):
     """
     ``n_networks`` MLPs of one shape, evaluated in one batched product per layer.
@@ -54,7 +70,8 @@ class StackedMLP(nn.Module):
                 x = self.activations[index - 1](x)
             if frozen:
                 weight, bias = weight.detach(), bias.detach()
-            x = th.baddbmm(bias, x, weight)  # (N, B, out)
+            is_last = index == len(self.weights) - 1
+            x = (precise_baddbmm if is_last else th.baddbmm)(bias, x, weight)  # (N, B, out)
         return self.output_activation(x)
 
 
@@ -94,7 +111,7 @@ class TaskHeads(nn.Module):
         group_tasks = one_hot.view(n_groups, -1, self.num_tasks)[:, 0].argmax(dim=1)
         weight, bias = weight[:, group_tasks].flatten(0, 1), bias[:, group_tasks].flatten(0, 1)  # (N G, in, out)
         grouped = x.reshape(n_networks * n_groups, -1, in_features)
-        return th.baddbmm(bias, grouped, weight).view(n_networks, batch_size, -1)
+        return precise_baddbmm(bias, grouped, weight).view(n_networks, batch_size, -1)
 
 
 class GradientGate:
@@ -174,14 +191,16 @@ class CompositionalLinear(nn.Module):
         return composed_weight, th.bmm(w, bias).unsqueeze(2)
 
     @staticmethod
-    def apply_composed(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    def apply_composed(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, is_last: bool = False) -> th.Tensor:
         """
         :param x: Input ``(N, G, b, in)``
         :param weight: Composed weight ``(N, G, in, out)``
         :param bias: Composed bias ``(N, G, 1, out)``
+        :param is_last: Whether it is the last layer, see ``precise_baddbmm``
         :return: Output ``(N, G, b, out)``
         """
-        y = th.baddbmm(bias.flatten(0, 1), x.flatten(0, 1), weight.flatten(0, 1))
+        product = precise_baddbmm if is_last else th.baddbmm
+        y = product(bias.flatten(0, 1), x.flatten(0, 1), weight.flatten(0, 1))
         return y.view(*x.shape[:-1], -1)
 
     def mix(self, x: th.Tensor, w: th.Tensor) -> th.Tensor:
@@ -243,7 +262,8 @@ class CompositionalMLP(nn.Module):
         """
         x = x.expand(len(composed[0][0]), *x.shape)
         for index, (weight, bias) in enumerate(composed):
-            x = self._activate(CompositionalLinear.apply_composed(x, weight, bias), index)
+            is_last = index == len(composed) - 1
+            x = self._activate(CompositionalLinear.apply_composed(x, weight, bias, is_last), index)
         return x
 
     def forward_mixed(self, x: th.Tensor, w: th.Tensor) -> th.Tensor:
@@ -584,7 +604,9 @@ def info_nce_losses(outputs: th.Tensor, next_outputs: th.Tensor, temperature: fl
     :return: L of each row ``(B, 1)``, and ``expert_similarities(outputs)``, constant
     """
     similarities = expert_similarities(outputs)
-    positives = nn.functional.cosine_similarity(outputs, next_outputs.detach(), dim=-1, eps=1e-12).t()  # (B, k)
+    positives = nn.functional.cosine_similarity(
+        outputs.float(), next_outputs.detach().float(), dim=-1, eps=1e-12
+    ).t()  # (B, k)
     # An expert's similarity with itself is no negative: the positive takes its place on the diagonal
     is_self = th.eye(len(outputs), dtype=th.bool, device=outputs.device)
     logits = th.where(is_self, positives.unsqueeze(2), similarities) / temperature

@@ -7,7 +7,8 @@ import pickle
 import warnings
 import zipfile
 import zlib
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -19,7 +20,16 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    PyTorchObs,
+    ReplayBufferSamples,
+    RolloutReturn,
+    Schedule,
+    TensorDict,
+    TrainFreq,
+)
 from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 from stable_baselines3.sac.policies import SACPolicy
@@ -39,7 +49,7 @@ from sb3_mtrl.common.utils import (
     step_unless,
     task_ids_from_observation,
 )
-from sb3_mtrl.common.vec_env import VecTaskNormalize
+from sb3_mtrl.common.vec_env import UpdateWhileStepping, VecTaskNormalize
 from sb3_mtrl.mtsac.policies import N_HEADS, CnnPolicy, MlpPolicy, MTSACActor, MTSACCritic, MTSACPolicy, MultiInputPolicy
 
 SelfMTSAC = TypeVar("SelfMTSAC", bound="MTSAC")
@@ -80,6 +90,10 @@ class MTSAC(SAC):
     :param cpu_tuning: On a CPU, set of the process what makes training faster and no number other than float32 rounding does:
         products by oneDNN where that is exact and faster (within ``train`` only), memory that glibc keeps (for good), threads
         that leave cores to busy workers (within ``learn``); False leaves the process alone
+    :param amp: "none": float32; "bf16": automatic mixed precision, hidden layers in bfloat16 (faster where the device computes
+        in it; the gradients are then good to 1 %)
+    :param overlap: Let the environments step in their workers while the learner updates. An action is then chosen before the
+        update that in SB3's order would come before it; each update sees the transitions that it sees in SB3's order
     :raises ValueError: for a bad argument, or an environment that does not fit it
     """
 
@@ -127,6 +141,8 @@ class MTSAC(SAC):
         max_ent_coef: float | None = None,
         max_grad_norm: float | None = None,
         cpu_tuning: bool = True,
+        amp: str = "none",
+        overlap: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -138,6 +154,7 @@ class MTSAC(SAC):
         check_choice("n_heads", n_heads, N_HEADS)
         check_choice("optimizer_order", optimizer_order, ("sequential", "joint"))
         check_choice("warmup_actions", warmup_actions, ("uniform", "policy"))
+        check_choice("amp", amp, ("none", "bf16"))
         for name, value in (
             ("ent_coef_learning_rate", ent_coef_learning_rate),
             ("min_ent_coef", min_ent_coef),
@@ -186,6 +203,8 @@ class MTSAC(SAC):
         self.max_ent_coef = max_ent_coef
         self.max_grad_norm = max_grad_norm
         self.cpu_tuning = cpu_tuning
+        self.amp = amp
+        self.overlap = overlap
         self.num_tasks = self._resolve_num_tasks(num_tasks)
         self.task_names = get_task_names(self.env) if self.env is not None else ()
         if len(self.task_names) != self.num_tasks:  # no environment yet, or one that names no tasks
@@ -196,6 +215,9 @@ class MTSAC(SAC):
         # Sums of logged values since the last dump, on the device
         self._train_sums: dict[str, th.Tensor] = {}
         self._n_summed_updates = 0
+        # While learning with `overlap`: the environment, and the calls of `train` that its next step makes
+        self._stepping_env: UpdateWhileStepping | None = None
+        self._waiting_updates: list[tuple[int, int | None]] | None = None  # None: `train` updates at once
 
         if _init_setup_model:
             self._setup_model()
@@ -395,6 +417,34 @@ class MTSAC(SAC):
             learning_starts = 0
         return super()._sample_action(learning_starts, action_noise, n_envs)
 
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: ReplayBuffer,
+        action_noise: ActionNoise | None = None,
+        learning_starts: int = 0,
+        log_interval: int | None = None,
+    ) -> RolloutReturn:
+        """
+        Collect transitions, see SB3's ``collect_rollouts``; with ``overlap``, update while the first of the steps is made.
+        """
+        return super().collect_rollouts(
+            self._stepping_env or env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+        )
+
+    def _run_waiting_updates(self) -> None:
+        waiting, self._waiting_updates = self._waiting_updates or [], None
+        if waiting:
+            for gradient_steps, batch_size in waiting:
+                self.train(gradient_steps, batch_size)
+            # The rollout goes on
+            self.policy.set_training_mode(False)
+            if self.use_sde:
+                self.actor.reset_noise(self.n_envs)
+        self._waiting_updates = []
+
     # ------------------------------------------------------------------ update
 
     def train(self, gradient_steps: int, batch_size: int | None = None) -> None:  # type: ignore[override]
@@ -404,6 +454,10 @@ class MTSAC(SAC):
         :param gradient_steps: Number of updates
         :param batch_size: Transitions per update over all tasks; None: the one given at construction
         """
+        # Without a step to come, at the end of learning, there is nothing to wait for
+        if self._waiting_updates is not None and self.num_timesteps < self._total_timesteps:
+            self._waiting_updates.append((gradient_steps, batch_size))
+            return
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._scheduled_optimizers())
@@ -437,9 +491,16 @@ class MTSAC(SAC):
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def _update_context(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _update_context(self) -> Iterator[None]:
         """What each update runs in."""
-        return fast_matmul() if self._tunes_cpu else nullcontext()
+        with ExitStack() as stack:
+            if self._tunes_cpu:
+                stack.enter_context(fast_matmul())
+            if self.amp == "bf16":
+                # Without its cache, which would hold the weights of before an optimiser's step
+                stack.enter_context(th.autocast(self.device.type, th.bfloat16, cache_enabled=False))
+            yield
 
     def _sequential_update(self, replay_data: ReplaySamples, spoilt: th.Tensor | None) -> th.Tensor | None:
         """
@@ -805,16 +866,26 @@ class MTSAC(SAC):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfMTSAC:
-        # No worker steps while the learner computes
-        with tuned_process(n_busy_workers=0, verbose=self.verbose) if self._tunes_cpu else nullcontext():
-            return super().learn(
-                total_timesteps=total_timesteps,
-                callback=callback,
-                log_interval=log_interval,
-                tb_log_name=tb_log_name,
-                reset_num_timesteps=reset_num_timesteps,
-                progress_bar=progress_bar,
-            )
+        if self.overlap and self.env is not None:
+            self._stepping_env, self._waiting_updates = UpdateWhileStepping(self.env, self._run_waiting_updates), []
+        try:
+            with tuned_process(self._n_busy_workers(), self.verbose) if self._tunes_cpu else nullcontext():
+                return super().learn(
+                    total_timesteps=total_timesteps,
+                    callback=callback,
+                    log_interval=log_interval,
+                    tb_log_name=tb_log_name,
+                    reset_num_timesteps=reset_num_timesteps,
+                    progress_bar=progress_bar,
+                )
+        finally:
+            self._stepping_env, self._waiting_updates = None, None
+
+    def _n_busy_workers(self) -> int:
+        """Number of processes that work while the learner updates."""
+        if self.env is None or not self.overlap:
+            return 0
+        return len(getattr(self.env.unwrapped, "processes", ()))
 
     # -------------------------------------------------------- export, save, load
 
@@ -860,7 +931,15 @@ class MTSAC(SAC):
             )
         return single_task_policy(self.policy, self.num_tasks, self._task_id(task))
 
-    _unsaved = ("update_guards", "_train_sums", "_n_summed_updates", "_dropped_at_last_dump", "_warned_of_stuck_tasks")
+    _unsaved = (
+        "update_guards",
+        "_train_sums",
+        "_n_summed_updates",
+        "_dropped_at_last_dump",
+        "_warned_of_stuck_tasks",
+        "_stepping_env",
+        "_waiting_updates",
+    )
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), *self._unsaved]

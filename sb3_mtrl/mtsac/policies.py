@@ -41,6 +41,7 @@ def sample_squashed_gaussian(mean: th.Tensor, log_std: th.Tensor) -> tuple[th.Te
     :param log_std: Log standard deviation before the squashing ``(B, n_actions)``
     :return: Actions ``tanh(u)`` of draws u ``(B, n_actions)``, and their log probabilities ``(B,)``
     """
+    mean, log_std = mean.float(), log_std.float()  # log(1 - a^2) has nothing left in bfloat16
     noise = th.randn_like(mean)
     actions = th.tanh(mean + log_std.exp() * noise)
     gaussian_log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
