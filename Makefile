@@ -16,6 +16,9 @@ TRAIN_ARGS = --num-threads 1 --eval-freq 20000 --eval-episodes 40 -params random
 JOBS = 2
 TEST_ARGS =
 
+# make bench BENCH_ARGS='--only update --cores 1 --clock process_time'
+BENCH_ARGS =
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install train test test-own test-sb3 test-zoo lint format type bench commit-checks clean
@@ -27,7 +30,7 @@ help:
 	@echo 'make lint           ruff, without changing anything'
 	@echo 'make format         ruff, sorting imports and formatting in place'
 	@echo 'make type           mypy on the package'
-	@echo 'make bench          speed measurements'
+	@echo 'make bench          speed measurements beside SB3 and SBX, 20 minutes (BENCH_ARGS)'
 	@echo 'make commit-checks  format, lint, type'
 	@echo 'make clean          remove build outputs and caches, but neither $(VENV) nor logs'
 
@@ -80,8 +83,10 @@ format: $(STAMP)
 type: $(STAMP)
 	$(BIN)/mypy
 
+# SBX, one of the libraries to compare with, is installed below .cache; matplotlib draws the picture.
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.speed.run
+	$(BIN)/python -m pip install --quiet -c constraints.txt matplotlib
+	$(BIN)/python -m benchmarks.speed.run $(BENCH_ARGS)
 
 commit-checks: $(STAMP)
 	$(MAKE) format

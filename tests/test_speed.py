@@ -1,9 +1,17 @@
 """The speed measurements: how they time, and what they make of it."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
+import torch as th
 
-from benchmarks.speed.measure import machine_line, print_table, summarize, time_in_turns
+from benchmarks.speed import run
+from benchmarks.speed.bare import BareMTSAC
+from benchmarks.speed.measure import Program, machine_line, print_table, summarize, time_in_turns
+from sb3_mtrl.mtsac.policies import sample_squashed_gaussian
+from sb3_mtrl.zoo.algorithms import ALGORITHMS
 
 
 class Clock:
@@ -59,3 +67,115 @@ def test_table_names_what_was_skipped(capsys):
 
 def test_machine_line_names_the_versions():
     assert f"numpy {np.__version__}" in machine_line()
+
+
+SERVER = """
+import sys
+from benchmarks.speed.measure import serve
+
+def fail():
+    raise ValueError("out of order")
+
+clock = iter(range(9)).__next__
+serve({"own": lambda: (print("chatter"), 0.25)[1], "clocked": clock, "fail": fail}, clock)
+"""
+
+
+def test_a_program_times_itself_and_says_why_it_ended():
+    program = Program([sys.executable, "-c", SERVER])
+    try:
+        # `time_in_turns` takes the seconds that the variant returns
+        seconds = time_in_turns({"own": lambda: program.call("own")}, rounds=2)
+        assert seconds["own"].tolist() == [0.25, 0.25]
+        # The clock says 3 and 5 around the call, which looks at it, too (`own` looked three times before)
+        assert program.call("clocked") == 2.0
+        with pytest.raises(RuntimeError, match=r"ended with code 1: .*ValueError: out of order"):
+            program.call("fail")
+    finally:
+        program.close()
+
+
+def test_learners_are_compared_with_the_first_one():
+    def learner(algorithm: str, **kwargs) -> dict:
+        return dict(algorithm=algorithm, num_tasks=2, batch_size=8, n_updates=1, kwargs=kwargs)
+
+    learners = run.Learners(rounds=1, seconds=60.0, n_cores=None, clock="process_time")
+    table = learners.compare(
+        "title", [{"SB3 SAC": learner("sb3")}, {"bare": learner("bare"), "MTSAC": learner("mtsac", cpu_tuning=False)}], units=1
+    )
+    assert list(table) == ["SB3 SAC", "bare", "MTSAC"]
+    assert table["SB3 SAC"]["speed_ratio"] == 1.0 and all(row["median_ms"] > 0 for row in table.values())
+
+
+def test_costs_are_relative_to_mtsac():
+    table = {
+        "SB3 SAC": {"speed_ratio": 1.0},
+        "MTSAC": {"speed_ratio": 2.0},
+        "X": {"speed_ratio": 0.5},
+        "Y": {"skipped": "why"},
+    }
+    assert run.costs(table) == {"SB3 SAC": 2.0, "X": 4.0}
+
+
+def test_every_algorithm_of_the_zoo_is_measured(monkeypatch):
+    seen = {}
+
+    def compare(self, title, programs, units, sbx=None):
+        seen.update({name: learner for learners in programs for name, learner in learners.items()})
+        return {name: {"speed_ratio": 1.0} for name in seen}
+
+    monkeypatch.setattr(run.Learners, "compare", compare)
+    run.Learners(1, 1.0, None, "perf_counter").updates(num_tasks=2, batch_size=8, n_updates=1)
+    assert set(ALGORITHMS) <= {learner["algorithm"] for learner in seen.values()}
+
+
+def test_the_bare_loop_learns():
+    """Its critics come to the value of a reward of 1 for one step: the targets are 1 where all rows are the last."""
+    th.manual_seed(0)
+    loop = BareMTSAC(obs_dim=3, action_dim=2, num_tasks=2, batch_size=64, net_arch=(32,))
+    loop.rows[..., -2:] = 1.0  # reward, done
+    loop.critic_optimizer.param_groups[0]["lr"] = 3e-3
+    for _ in range(600):
+        loop.update()
+    values = loop.critics(th.cat([th.zeros(64, 3), loop.one_hot], dim=1), th.zeros(64, 2))
+    th.testing.assert_close(values, th.ones(2, 64, 1), rtol=0, atol=0.1)
+
+
+def test_the_bare_loop_samples_as_mtsac_does():
+    loop = BareMTSAC(obs_dim=3, action_dim=2, num_tasks=2, batch_size=8, net_arch=(16,))
+    obs = th.randn(8, 5)
+    th.manual_seed(1)
+    actions, log_prob = loop.sample_actions(obs)
+    th.manual_seed(1)
+    mean, log_std = loop.actor(obs).chunk(2, dim=1)
+    expected_actions, expected_log_prob = sample_squashed_gaussian(mean, log_std.clamp(-20, 2))
+    th.testing.assert_close(actions, expected_actions)
+    th.testing.assert_close(log_prob.squeeze(1), expected_log_prob)
+
+
+def test_memory_counts_what_rows_take():
+    megabytes = run.measure_memory(n_rows=1_000_000, n_envs=())
+    # float32: two observations of 39, 4 actions, reward, done and task id; SB3 stores two of 39 + 10, 4 actions and 3 scalars
+    assert megabytes["ReplayBuffer T=10"] == pytest.approx(4 * (2 * 49 + 4 + 3), rel=0.1)
+    assert megabytes["MultiTaskReplayBuffer T=10"] < megabytes["ReplayBuffer T=10"]
+
+
+def test_results_are_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "measure_replay", lambda rounds: {"rows": rounds})
+    monkeypatch.setattr(sys, "argv", ["run", "--only", "replay", "--rounds", "2", "--output", str(tmp_path / "results.json")])
+    run.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["replay"] == {"rows": 2} and results["rounds"] == 2 and "update" not in results
+    monkeypatch.setattr(sys, "argv", ["run", "--only", "nothing"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "--only must name sections of update, " in capsys.readouterr().err
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"speed_ratio": 2.0, "ratio_quartiles": [1.5, 2.5]}
+    run.plot(
+        {"machine": "a machine", "update": {"a": row, "b": {"skipped": "why"}}, "loop": {"c": row}}, tmp_path / "plot.png"
+    )
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -1,9 +1,15 @@
-"""What the speed measurements share: variants that take turns, medians with their spread, and a line on the machine."""
+"""
+What the speed measurements share: variants that take turns, programs of their own that do so too, medians with their spread,
+and a line on the machine.
+"""
 
 import os
 import platform
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,7 @@ def time_in_turns(
     """
     Time variants in one process, each round in another order, after a call of each to warm up.
 
-    :param variants: What to time, by name
+    :param variants: What to time, by name. One that returns a float has timed itself: so many seconds
     :param rounds: How often
     :param clock: ``time.perf_counter`` for what a user waits for; ``time.process_time`` repeats better where other programs
         run, but counts the time of all threads and none of child processes
@@ -35,8 +41,8 @@ def time_in_turns(
         shift = round_index % len(names)
         for name in names[shift:] + names[:shift]:
             start = clock()
-            variants[name]()
-            seconds[name].append(clock() - start)
+            own = variants[name]()
+            seconds[name].append(own if isinstance(own, float) else clock() - start)
         if seconds_at_most is not None and round_index >= 2 and time.perf_counter() - begin > seconds_at_most:
             break
     return {name: np.array(values) for name, values in seconds.items()}
@@ -88,6 +94,76 @@ def print_table(title: str, table: Table) -> Table:
             f"{row['speed_ratio']:12.2f} {ratio_low:5.2f}-{ratio_high:5.2f}"
         )
     return table
+
+
+def report(title: str, seconds: dict[str, np.ndarray], units: int | dict[str, int] = 1) -> Table:
+    """
+    Print the table of one comparison and return it, see ``summarize``.
+    """
+    return print_table(title, summarize(seconds, units))
+
+
+class Program:
+    """
+    A program that times variants when asked, in a process of its own: nothing that another variant sets can help it.
+
+    :param command: What to start; it calls ``serve``
+    :param n_cores: Number of cores that it may use; None: all (a limit needs Linux)
+    :raises RuntimeError: if it does not start, with the end of what it wrote to stderr
+    """
+
+    def __init__(self, command: Sequence[str], n_cores: int | None = None):
+        environment = dict(os.environ)
+        if n_cores is not None:
+            cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:n_cores])
+            command = ["taskset", "--cpu-list", cores, *command]
+            environment["OMP_NUM_THREADS"] = str(n_cores)
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
+        )
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            last_lines = self._errors.read().strip().splitlines()[-3:]
+            raise RuntimeError(f"the program ended with code {self._process.returncode}: {' | '.join(last_lines)}")
+        return line.strip()
+
+    def call(self, name: str) -> float:
+        """
+        :param name: The variant
+        :return: Seconds that its call took
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(name + "\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._errors.close()
+
+
+def serve(variants: dict[str, Callable[[], Any]], clock: Callable[[], float] = time.perf_counter) -> None:
+    """
+    The side of the program: read names of variants, call them and write how long that took, until the input ends.
+
+    :param variants: What can be called. One that returns a float has timed itself
+    :param clock: The clock
+    """
+    answers, sys.stdout = sys.stdout, sys.stderr  # what the variants print is no answer
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        start = clock()
+        own = variants[line.strip()]()
+        print(own if isinstance(own, float) else clock() - start, file=answers, flush=True)
 
 
 def machine_line() -> str:

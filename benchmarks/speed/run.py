@@ -1,101 +1,193 @@
 """
 Speed as ratios: ``python -m benchmarks.speed.run`` (``make bench``).
 
-The variants of a table take turns, each round in another order, in one process; a ratio is the median over the rounds of the
-first variant's time by this one's. Absolute times depend on the machine and on what else it does: quote the ratios.
+The variants of a table take turns, each round in another order; a ratio is the median over the rounds of the first variant's
+time by this one's. Absolute times depend on the machine and on what else it does: quote the ratios. Other people's learners
+and ours run in processes of their own, so that what ``cpu_tuning`` sets helps ours only. With ``--cores 1 --clock
+process_time`` the figures of the learners hold even where other programs run.
 """
 
 import argparse
+import inspect
+import itertools
 import json
+import os
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 import sb3_mtrl
-from benchmarks.speed.measure import Table, Variants, machine_line, print_table, summarize, time_in_turns
-from sb3_mtrl import MTSAC, PaCoSAC
+from benchmarks.speed.measure import (
+    Program,
+    Table,
+    Variants,
+    machine_line,
+    print_table,
+    report,
+    summarize,
+    time_in_turns,
+)
+from benchmarks.speed.peers import sbx_python
+from benchmarks.speed.random_tasks import ACTION_DIM, OBS_DIM
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
-from sb3_mtrl.common.vec_env import VecTaskAssignment
+from sb3_mtrl.common.vec_env import make_multi_task_vec_env
 from sb3_mtrl.envs import MetaWorldMultiTaskEnv, list_tasks
+from sb3_mtrl.zoo.algorithms import ALGORITHMS
 
-OBS_DIM, ACTION_DIM = 39, 4
-
-
-class RandomTasksEnv(gym.Env[np.ndarray, np.ndarray]):
-    """Random observations of Meta-World's shape: something to fill a replay buffer with, at no cost."""
-
-    def __init__(self, num_tasks: int):
-        self.num_tasks = num_tasks
-        self.task_names = tuple(f"task-{task_id}" for task_id in range(num_tasks))
-        self.assigned_tasks = tuple(range(num_tasks))
-        self.observation_space = spaces.Box(-np.inf, np.inf, (OBS_DIM + num_tasks,), np.float32)
-        self.action_space = spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
-
-    def set_tasks(self, task_ids: list[int]) -> None:
-        self.assigned_tasks = tuple(task_ids)
-
-    def _observation(self) -> np.ndarray:
-        one_hot = np.eye(self.num_tasks)[self.assigned_tasks[0]]
-        return np.concatenate([self.np_random.normal(size=OBS_DIM), one_hot]).astype(np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
-        return self._observation(), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        return self._observation(), float(self.np_random.uniform(0, 10)), False, False, {}
+# Arguments of Meta-World's environments that leave its simulator as it is
+STOCK_ENV = {"fast": False} if "fast" in inspect.signature(MetaWorldMultiTaskEnv).parameters else {}
 
 
-def report(title: str, seconds: dict[str, np.ndarray], per_call: int = 1) -> Table:
-    """Print the table of one comparison and return it."""
-    return print_table(title, summarize(seconds, per_call))
-
-
-def make_model(algorithm: type[SAC], num_tasks: int, batch_size: int, **kwargs: Any) -> SAC:
+class Learners:
     """
-    :return: A model of the paper's size with a filled replay buffer
+    Learners in processes of their own that are timed in turns.
+
+    :param rounds: How often each is timed
+    :param seconds: No more rounds for one table after this time
+    :param n_cores: Cores of each learner; None: all
+    :param clock: "perf_counter" or "process_time"
     """
-    env = VecTaskAssignment(DummyVecEnv([lambda: RandomTasksEnv(num_tasks) for _ in range(num_tasks)]))
-    model = algorithm(
-        "MlpPolicy",
-        env,
-        batch_size=batch_size,
-        buffer_size=400 * num_tasks,
-        learning_starts=10**9,
-        policy_kwargs=dict(net_arch=[400, 400, 400]),
-        seed=0,
-        **kwargs,
-    )
-    model.set_logger(Logger(folder=None, output_formats=[]))
-    return model.learn(300 * num_tasks, log_interval=None)
+
+    def __init__(self, rounds: int, seconds: float, n_cores: int | None, clock: str):
+        self.rounds, self.seconds, self.n_cores, self.clock = rounds, seconds, n_cores, clock
+
+    def compare(
+        self, title: str, programs: list[dict[str, dict[str, Any]]], units: int, sbx: list[int] | None = None
+    ) -> Table:
+        """
+        :param title: Title of the table
+        :param programs: For each process the arguments of its learners by name, see ``benchmarks.speed.learners``; the very
+            first learner is what the others are compared with
+        :param units: Updates or steps per call
+        :param sbx: Arguments of SBX's SAC, None: without
+        :return: The table
+        """
+        names = [name for learners in programs for name in learners]
+        commands = [
+            [sys.executable, "-m", "benchmarks.speed.learners", json.dumps({"clock": self.clock, "learners": learners})]
+            for learners in programs
+        ]
+        started: list[Program] = []
+        variants: Variants = {}
+        skipped: Table = {}
+        try:
+            for learners, command in zip(programs, commands, strict=True):
+                program = Program(command, self.n_cores)
+                started.append(program)
+                variants.update({name: lambda name=name, program=program: program.call(name) for name in learners})  # type: ignore[misc]
+            if sbx is not None:
+                try:
+                    arguments = [str(argument) for argument in sbx]
+                    command = [sbx_python(), "-m", "benchmarks.speed.sbx_learner", *arguments, self.clock]
+                    started.append(Program(command, self.n_cores))
+                    variants["SBX SAC (JAX)"] = lambda: started[-1].call("update")
+                except (RuntimeError, OSError) as e:
+                    skipped["SBX SAC (JAX)"] = {"skipped": str(e)}
+            seconds = time_in_turns(variants, self.rounds, seconds_at_most=self.seconds)
+        finally:
+            for program in started:
+                program.close()
+        table = summarize(seconds, units, reference=names[0])
+        return print_table(title, {**table, **skipped})
+
+    def updates(self, num_tasks: int, batch_size: int, n_updates: int) -> Table:
+        """All algorithms of the zoo, and what they are compared with."""
+
+        def learner(algorithm: str, **kwargs: Any) -> dict[str, Any]:
+            return dict(algorithm=algorithm, num_tasks=num_tasks, batch_size=batch_size, n_updates=n_updates, kwargs=kwargs)
+
+        ours = {info.algorithm_class.__name__: learner(name) for name, info in ALGORITHMS.items()}
+        ours["MTSAC bfloat16"] = learner("mtsac", amp="bf16")
+        ours["PaCoSAC K=20"] = learner("pacosac", n_param_sets=20)
+        programs = [
+            {"SB3 SAC": learner("sb3")},
+            {"bare PyTorch loop": learner("bare")},
+            {"MTSAC cpu_tuning=False": learner("mtsac", cpu_tuning=False)},
+            ours,
+        ]
+        title = f"one update: {num_tasks} tasks, batch {batch_size}, 3 x 400"
+        table = self.compare(title, programs, n_updates, sbx=[num_tasks, batch_size, n_updates])
+        print("cost in updates of MTSAC:", ", ".join(f"{name} {cost:.2f}" for name, cost in costs(table).items()))
+        return table
+
+    def scaling(self, title: str, learners: dict[str, dict[str, Any]], n_updates: int = 1) -> Table:
+        """Learners of ours in one process."""
+        return self.compare(title, [{name: {"n_updates": n_updates, **rest} for name, rest in learners.items()}], n_updates)
+
+    def over_tasks(self) -> Table:
+        """128 rows per task, the one dimension that users cannot choose."""
+        settings = [(algorithm, num_tasks) for algorithm in ("mtsac", "pacosac") for num_tasks in (1, 3, 10, 25, 50)]
+        learners = {
+            f"{ALGORITHMS[algorithm].algorithm_class.__name__} T={num_tasks}": dict(
+                algorithm=algorithm, num_tasks=num_tasks, batch_size=128 * num_tasks, kwargs={}
+            )
+            for algorithm, num_tasks in settings
+        }
+        return self.scaling("one update over T, 128 rows per task", learners)
+
+    def over_param_sets(self) -> Table:
+        learners = {
+            f"PaCoSAC K={k}": dict(algorithm="pacosac", num_tasks=10, batch_size=1280, kwargs={"n_param_sets": k})
+            for k in (1, 5, 10, 20)
+        }
+        return self.scaling("one update over K: 10 tasks, batch 1280", learners)
+
+    def over_experts(self) -> Table:
+        learners = {
+            f"CMTASAC k={k}": dict(algorithm="cmtasac", num_tasks=10, batch_size=1280, kwargs={"n_experts": k})
+            for k in (1, 3, 6, 12)
+        }
+        return self.scaling("one update over k: 10 tasks, batch 1280", learners)
+
+    def over_batch(self) -> Table:
+        settings = [(algorithm, batch) for algorithm in ("mtsac", "pacosac") for batch in (320, 1280, 5120)]
+        learners = {
+            f"{ALGORITHMS[algorithm].algorithm_class.__name__} B={batch}": dict(
+                algorithm=algorithm, num_tasks=10, batch_size=batch, kwargs={}
+            )
+            for algorithm, batch in settings
+        }
+        return self.scaling("one update over the batch: 10 tasks", learners)
+
+    def loops(self, n_vector_steps: int = 10) -> Table:
+        """Training on MT10: one update of 1280 rows for ten environment steps."""
+
+        def loop(algorithm: str, vec_env: str, env_kwargs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+            arguments = dict(suite="MT10", batch_size=1280, n_vector_steps=n_vector_steps, kwargs=kwargs)
+            return dict(algorithm=algorithm, vec_env=vec_env, env_kwargs=env_kwargs, **arguments)
+
+        learners = {
+            "SB3 SAC, stock, Dummy": loop("sb3", "dummy", STOCK_ENV),
+            "SB3 SAC, stock, Subproc": loop("sb3", "subproc", STOCK_ENV),
+            "MTSAC, Dummy": loop("mtsac", "dummy", {}),
+            "MTSAC, Subproc": loop("mtsac", "subproc", {}),
+            "MTSAC, Subproc, overlap": loop("mtsac", "subproc", {}, overlap=True),
+            "MTSAC, Dummy, bfloat16": loop("mtsac", "dummy", {}, amp="bf16"),
+            "PaCoSAC, Dummy": loop("pacosac", "dummy", {}),
+        }
+        programs = [{name: arguments} for name, arguments in learners.items()]
+        table = self.compare("one environment step of training on MT10", programs, 10 * n_vector_steps)
+        stock = max(table["SB3 SAC, stock, Dummy"]["speed_ratio"], table["SB3 SAC, stock, Subproc"]["speed_ratio"])
+        print("speed by that of the better of the stock loops:", end=" ")
+        print(", ".join(f"{name} {row['speed_ratio'] / stock:.2f}" for name, row in table.items() if "SB3" not in name))
+        return table
 
 
-def measure_updates(rounds: int, num_tasks: int = 10, batch_size: int = 1280, n_updates: int = 3) -> dict[str, Any]:
-    models = {
-        "SB3 SAC": make_model(SAC, num_tasks, batch_size),
-        "MTSAC": make_model(MTSAC, num_tasks, batch_size),
-        "MTSAC per-task heads": make_model(MTSAC, num_tasks, batch_size, n_heads="per_task"),
-        "PaCoSAC K=5": make_model(PaCoSAC, num_tasks, batch_size),
-        "PaCoSAC K=5 without guards": make_model(PaCoSAC, num_tasks, batch_size, maskout_threshold=None, w_reset=False),
-    }
-    variants: Variants = {
-        name: lambda model=model: model.train(n_updates, batch_size)
-        for name, model in models.items()  # type: ignore[misc]
-    }
-    title = f"one gradient update: {num_tasks} tasks, batch {batch_size}, 3 x 400"
-    return report(title, time_in_turns(variants, rounds), n_updates)
+def costs(table: Table) -> dict[str, float]:
+    """Time of an update by that of MTSAC's, from the ratios (both against the same reference, round by round)."""
+    reference = table["MTSAC"]["speed_ratio"]
+    return {name: reference / row["speed_ratio"] for name, row in table.items() if "skipped" not in row and name != "MTSAC"}
 
 
-def measure_replay(rounds: int, num_tasks: int = 10, batch_size: int = 1280, n_samples: int = 100) -> dict[str, Any]:
+def measure_replay(rounds: int, num_tasks: int = 10, batch_size: int = 1280, n_samples: int = 100) -> Table:
     observation_space = spaces.Box(-np.inf, np.inf, (OBS_DIM + num_tasks,), np.float32)
     action_space = spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
     plain = ReplayBuffer(100_000, observation_space, action_space, "cpu", n_envs=num_tasks)
@@ -121,7 +213,56 @@ def measure_replay(rounds: int, num_tasks: int = 10, batch_size: int = 1280, n_s
     return report(f"one sample of {batch_size} rows, {num_tasks} tasks", time_in_turns(variants, rounds), n_samples)
 
 
-def measure_env(rounds: int, n_steps: int = 100) -> dict[str, Any]:
+def array_bytes(buffer: ReplayBuffer) -> int:
+    return sum(value.nbytes for value in vars(buffer).values() if isinstance(value, np.ndarray))
+
+
+def measure_memory(n_rows: int = 1_000_000, n_envs: Sequence[int] = (1, 10, 20)) -> dict[str, float]:
+    """
+    :param n_rows: Transitions of the replay buffers
+    :param n_envs: Numbers of sub-environments
+    :return: Megabytes of replay buffers over T, and of MT10's environments over their number (with their processes; Linux)
+    """
+    megabytes = {}
+    for num_tasks in (1, 10, 50):
+        observation_space = spaces.Box(-np.inf, np.inf, (OBS_DIM + num_tasks,), np.float32)
+        action_space = spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
+        for buffer_class, kwargs in ((ReplayBuffer, {}), (MultiTaskReplayBuffer, {"num_tasks": num_tasks})):
+            arguments: tuple[Any, ...] = (observation_space, action_space, "cpu", num_tasks)
+            small, large = (array_bytes(buffer_class(n, *arguments, **kwargs)) for n in (1000, 2000))
+            # What does not grow with the rows is small
+            megabytes[f"{buffer_class.__name__} T={num_tasks}"] = (large - small) / 1000 * n_rows / 1e6
+    if Path("/proc/self/smaps_rollup").exists():
+        for vec_env_cls, n in itertools.product((DummyVecEnv, SubprocVecEnv), n_envs):
+            before = memory_of_processes()
+            venv = make_multi_task_vec_env("MT10", n, seed=0, vec_env_cls=vec_env_cls)
+            venv.reset()
+            megabytes[f"{vec_env_cls.__name__} of MT10, n_envs={n}"] = (memory_of_processes() - before) / 1e6
+            venv.close()
+    print(f"\nmemory, MB ({n_rows} transitions)")
+    for name, size in megabytes.items():
+        print(f"{name:40s} {size:8.0f}")
+    return megabytes
+
+
+def memory_of_processes() -> int:
+    """Bytes of this process and of those below it; pages that they share count once (Linux only)."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(status.parent.name)] = int(status.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:  # it has ended
+            continue
+    total, pending = 0, [os.getpid()]
+    while pending:
+        pid = pending.pop()
+        pending += [child for child, parent in parents.items() if parent == pid]
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        total += 1024 * int(next(line for line in rollup.splitlines() if line.startswith("Pss:")).split()[1])
+    return total
+
+
+def measure_env(rounds: int, n_steps: int = 100) -> Table:
     """Means over the tasks of MT10, without resets; random actions from the same seed."""
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
@@ -146,27 +287,74 @@ def measure_env(rounds: int, n_steps: int = 100) -> dict[str, Any]:
     return report("one environment step, mean over MT10", time_in_turns(variants, rounds), n_steps * len(names))
 
 
+def plot(results: dict[str, Any], path: Path) -> None:
+    """
+    :param results: What ``main`` writes
+    :param path: File of the picture
+    """
+    from matplotlib.figure import Figure
+
+    bars = [("update", "updates, 10 tasks"), ("update_50_tasks", "updates, 50 tasks"), ("loop", "training on MT10")]
+    bars = [(key, title) for key, title in bars if key in results]
+    if not bars:
+        return
+    figure = Figure(figsize=(4.5 * len(bars), 4), layout="constrained")
+    for axes, (key, title) in zip(np.atleast_1d(figure.subplots(1, len(bars))), bars, strict=True):
+        rows = {name: row for name, row in results[key].items() if "skipped" not in row}
+        ratios = [row["speed_ratio"] for row in rows.values()]
+        spread = np.abs(np.array([row["ratio_quartiles"] for row in rows.values()]).T - ratios)
+        axes.barh(list(rows), ratios, xerr=spread)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel=f"speed by that of {next(iter(rows))}")
+    figure.suptitle(results["machine"], fontsize=7)
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=None, help="threads of PyTorch (default: PyTorch's own choice)")
+    parser.add_argument("--seconds", type=float, default=40.0, help="no more rounds for a table after this time")
+    parser.add_argument("--cores", type=int, default=None, help="cores of each learner (default: all)")
+    parser.add_argument("--clock", choices=["perf_counter", "process_time"], default="perf_counter")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections of the results only")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/speed/results.json"))
     args = parser.parse_args()
-    if args.threads is not None:
-        th.set_num_threads(args.threads)
-    machine = f"{machine_line()}, {th.get_num_threads()} threads of PyTorch"
-    print(f"sb3_mtrl {sb3_mtrl.__version__}, {machine}, {args.rounds} rounds")
-    results = {
-        "machine": machine,
+    learners = Learners(args.rounds, args.seconds, args.cores, args.clock)
+    sections = {
+        "update": lambda: learners.updates(num_tasks=10, batch_size=1280, n_updates=3),
+        "update_50_tasks": lambda: learners.updates(num_tasks=50, batch_size=6400, n_updates=1),
+        "over_tasks": learners.over_tasks,
+        "over_param_sets": learners.over_param_sets,
+        "over_experts": learners.over_experts,
+        "over_batch": learners.over_batch,
+        "loop": learners.loops,
+        "replay": lambda: measure_replay(args.rounds),
+        "env": lambda: measure_env(args.rounds),
+        "memory": measure_memory,
+    }
+    if unknown := set(args.only or ()) - set(sections):
+        parser.error(f"--only must name sections of {', '.join(sections)}, got {', '.join(sorted(unknown))}")
+    cores = "all" if args.cores is None else args.cores
+    print(f"sb3_mtrl {sb3_mtrl.__version__}: {machine_line()}; {cores} cores per learner, {args.rounds} rounds, {args.clock}")
+    results: dict[str, Any] = {
+        "machine": machine_line(),
+        "threads": th.get_num_threads(),
+        "cores_per_learner": args.cores,
+        "clock": args.clock,
         "rounds": args.rounds,
         "date": time.strftime("%Y-%m-%d"),
-        "update": measure_updates(args.rounds),
-        "update_50_tasks": measure_updates(max(3, args.rounds // 2), num_tasks=50, batch_size=6400, n_updates=1),
-        "replay": measure_replay(args.rounds),
-        "env": measure_env(args.rounds),
     }
+    for name, measure in sections.items():
+        if args.only is None or name in args.only:
+            results[name] = measure()
     args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\nwritten to {args.output}")
+    print(f"\nwritten to {args.output}", end="")
+    try:
+        plot(results, args.output.with_suffix(".png"))
+        print(f" and {args.output.with_suffix('.png')}")
+    except ImportError as e:
+        print(f"; no picture: {e}")
 
 
 if __name__ == "__main__":
