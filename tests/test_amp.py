@@ -4,9 +4,12 @@ import pytest
 import torch as th
 
 from sb3_mtrl import CMTASAC, MTSAC, PaCoSAC
+from sb3_mtrl.common.cpu_tuning import MatmulProbe
 from sb3_mtrl.common.torch_layers import StackedMLP, precise_baddbmm
 from sb3_mtrl.mtsac.policies import sample_squashed_gaussian
 from tests.models import make_env, make_model, parameters_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:amp='bf16' makes training slower")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not th.cuda.is_available(), reason="no GPU"))]
 VARIANTS = [
@@ -109,3 +112,12 @@ def test_log_probabilities_are_taken_in_float32():
 def test_bad_choice():
     with pytest.raises(ValueError, match="amp must be one of 'none', 'bf16', got 'fp16'"):
         make_model(env=make_env(), amp="fp16")
+
+
+@pytest.mark.parametrize(["speedup", "n_warnings"], [(0.07, 1), (1.7, 0)])
+def test_warning_where_bfloat16_is_slower(monkeypatch, recwarn, speedup, n_warnings):
+    monkeypatch.setattr("sb3_mtrl.mtsac.mtsac.bfloat16_probe", lambda: MatmulProbe(speedup, 2e-3))
+    make_model(amp="none")
+    assert len(recwarn) == 0
+    make_model(amp="bf16")
+    assert ["amp='bf16' makes training slower" in str(warning.message) for warning in recwarn] == [True] * n_warnings

@@ -119,6 +119,14 @@ def onednn_probe() -> MatmulProbe | None:
     return probe_matmul(th.matmul, by_onednn)
 
 
+@cache
+def bfloat16_probe() -> MatmulProbe:
+    """
+    :return: What bfloat16 makes of products on this CPU, measured once per process
+    """
+    return probe_matmul(th.matmul, lambda a, b: a.bfloat16() @ b.bfloat16())
+
+
 @contextmanager
 def fast_matmul() -> Iterator[None]:
     """

@@ -36,7 +36,7 @@ from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import record_per_task
-from sb3_mtrl.common.cpu_tuning import fast_matmul, tuned_process
+from sb3_mtrl.common.cpu_tuning import bfloat16_probe, fast_matmul, tuned_process
 from sb3_mtrl.common.policies import single_task_policy
 from sb3_mtrl.common.prioritized import SuccessWindows, TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.torch_layers import base_observation_space
@@ -247,6 +247,12 @@ class MTSAC(SAC):
             raise ValueError(
                 f"policy must be one of {type(self).__name__}'s, got {self.policy_class.__name__}, "
                 f"which takes no {', '.join(sorted(foreign))} (is this a model of another algorithm?)"
+            )
+        if self.amp == "bf16" and self.device.type == "cpu" and bfloat16_probe().speedup < 1:
+            warnings.warn(
+                f"amp='bf16' makes training slower on this CPU, which multiplies matrices in bfloat16 at "
+                f"{bfloat16_probe().speedup:.2f} times the speed of float32",
+                stacklevel=2,
             )
         # The networks and the buffer need T; what the user gave stays as it is, it is what save() writes
         policy_kwargs, replay_buffer_kwargs = self.policy_kwargs, self.replay_buffer_kwargs
