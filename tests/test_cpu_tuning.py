@@ -16,7 +16,6 @@ from sb3_mtrl.common.cpu_tuning import (
     learner_threads,
     onednn_probe,
     probe_matmul,
-    tuned_process,
     tuning_line,
 )
 from tests.models import make_model, parameters_of
@@ -288,12 +287,6 @@ def test_line(probe, keeps_memory, parts):
     line = tuning_line(probe, keeps_memory)
     assert all(part in line for part in parts) and "\n" not in line
     assert f"{th.get_num_threads()} thread" in line
-
-
-def test_process_is_restored_when_learning_fails(own_threads):
-    with pytest.raises(RuntimeError, match="out"), tuned_process(n_busy_workers=3):
-        raise RuntimeError("out")
-    assert th.get_num_threads() == 4
 
 
 def test_cpu_tuning_is_saved(tmp_path):

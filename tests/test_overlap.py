@@ -1,5 +1,7 @@
 """Updates while the environments step: the order of things, with and without."""
 
+import time
+
 import numpy as np
 import pytest
 import torch as th
@@ -8,6 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvWrapper
 
 from sb3_mtrl import CMTASAC, MTSAC, PaCoSAC
+from sb3_mtrl.common import cpu_tuning
 from sb3_mtrl.common.vec_env import UpdateWhileStepping, VecTaskAssignment
 from tests.models import NUM_TASKS, make_env, make_model, parameters_of
 from tests.tiny_envs import PointTasksEnv
@@ -139,17 +142,40 @@ def test_overlap_does_what_its_documentation_says(algorithm):
         assert th.equal(tensor, expected[name]), name
 
 
-def test_workers_step_meanwhile():
-    env = VecTaskAssignment(SubprocVecEnv([lambda: PointTasksEnv(NUM_TASKS) for _ in range(NUM_TASKS)]))
+class SlowEnv(PointTasksEnv):
+    """Steps take their time."""
+
+    def step(self, action):
+        time.sleep(0.1)
+        return super().step(action)
+
+
+@pytest.mark.parametrize(["env_class", "update_seconds", "expected"], [(SlowEnv, 0.0, 1), (PointTasksEnv, 0.1, 4)])
+def test_threads_leave_cores_to_workers_that_are_slower(monkeypatch, env_class, update_seconds, expected):
+    """Four cores and three workers: three cores are theirs if they step all the time."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cpu_tuning, "available_cores", lambda: 4)
+    monkeypatch.setattr(cpu_tuning, "_THREADS_AT_IMPORT", 4)
+    seen = []
+
+    def update(*args):
+        seen.append(th.get_num_threads())
+        time.sleep(update_seconds)
+
+    threads_before = th.get_num_threads()
+    env = VecTaskAssignment(SubprocVecEnv([lambda: env_class(NUM_TASKS) for _ in range(NUM_TASKS)]))
     try:
-        model = make_model(env=env, overlap=True, learning_starts=6)
-        assert model._n_busy_workers() == NUM_TASKS
-        model.learn(60)
-        assert model._n_updates == 60 // NUM_TASKS - 2
-        model.overlap = False
-        assert model._n_busy_workers() == 0
+        th.set_num_threads(4)
+        model = make_model(env=env, overlap=True, learning_starts=NUM_TASKS)
+        monkeypatch.setattr(model, "_sequential_update", update)
+        model.learn(8 * NUM_TASKS)
+        assert th.get_num_threads() == 4
     finally:
+        th.set_num_threads(threads_before)
         env.close()
+    # The first update does not know yet how long it takes, the last waits for no step
+    assert len(seen) == 7 and seen[1:-1] == [expected] * 5 and seen[-1] == 4
 
 
 def test_called_by_hand_train_updates_at_once():

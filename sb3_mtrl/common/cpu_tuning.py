@@ -190,19 +190,15 @@ def learner_threads(n_busy_workers: int) -> Iterator[None]:
             th.set_num_threads(before)
 
 
-@contextmanager
-def tuned_process(n_busy_workers: int, verbose: int = 0) -> Iterator[None]:
+def tune_process(verbose: int = 0) -> None:
     """
-    Set what holds for the whole of a training: memory and threads.
+    Set what holds for the rest of the process, and say what training will set and restore.
 
-    :param n_busy_workers: See ``learner_threads``
-    :param verbose: 1 or more: print a line on what is set
+    :param verbose: 1 or more: print a line on it
     """
     keeps_memory = keep_freed_memory()
-    with learner_threads(n_busy_workers):
-        if verbose >= 1:
-            print(tuning_line(onednn_probe(), keeps_memory))
-        yield
+    if verbose >= 1:
+        print(tuning_line(onednn_probe(), keeps_memory))
 
 
 def tuning_line(probe: MatmulProbe | None, keeps_memory: bool) -> str:

@@ -36,7 +36,7 @@ from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import record_per_task
-from sb3_mtrl.common.cpu_tuning import bfloat16_probe, fast_matmul, tuned_process
+from sb3_mtrl.common.cpu_tuning import bfloat16_probe, fast_matmul, learner_threads, tune_process
 from sb3_mtrl.common.policies import single_task_policy
 from sb3_mtrl.common.prioritized import SuccessWindows, TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.torch_layers import base_observation_space
@@ -88,8 +88,8 @@ class MTSAC(SAC):
     :param max_ent_coef: Entropy coefficients are brought down to this after each update; None: no bound
     :param max_grad_norm: Clip the gradient norm of actor and of critics to this; None: no clipping
     :param cpu_tuning: On a CPU, set of the process what makes training faster and no number other than float32 rounding does:
-        products by oneDNN where that is exact and faster (within ``train`` only), memory that glibc keeps (for good), threads
-        that leave cores to busy workers (within ``learn``); False leaves the process alone
+        products by oneDNN where that is exact and faster (within ``train`` only), memory that glibc keeps (for good), with
+        ``overlap`` threads that leave cores to workers slower than the update (within it); False leaves the process alone
     :param amp: "none": float32; "bf16": automatic mixed precision, hidden layers in bfloat16 (faster where the device computes
         in it; the gradients are then good to 1 %)
     :param overlap: Let the environments step in their workers while the learner updates. An action is then chosen before the
@@ -443,13 +443,20 @@ class MTSAC(SAC):
     def _run_waiting_updates(self) -> None:
         waiting, self._waiting_updates = self._waiting_updates or [], None
         if waiting:
-            for gradient_steps, batch_size in waiting:
-                self.train(gradient_steps, batch_size)
+            with learner_threads(self._n_busy_workers()) if self._tunes_cpu else nullcontext():
+                for gradient_steps, batch_size in waiting:
+                    self.train(gradient_steps, batch_size)
             # The rollout goes on
             self.policy.set_training_mode(False)
             if self.use_sde:
                 self.actor.reset_noise(self.n_envs)
         self._waiting_updates = []
+
+    def _n_busy_workers(self) -> int:
+        """Number of processes that step all the time that an update takes; where they are done sooner, none."""
+        if self._stepping_env is None or not self._stepping_env.is_slower:
+            return 0
+        return len(getattr(self._stepping_env.unwrapped, "processes", ()))
 
     # ------------------------------------------------------------------ update
 
@@ -874,24 +881,19 @@ class MTSAC(SAC):
     ) -> SelfMTSAC:
         if self.overlap and self.env is not None:
             self._stepping_env, self._waiting_updates = UpdateWhileStepping(self.env, self._run_waiting_updates), []
+        if self._tunes_cpu:
+            tune_process(self.verbose)
         try:
-            with tuned_process(self._n_busy_workers(), self.verbose) if self._tunes_cpu else nullcontext():
-                return super().learn(
-                    total_timesteps=total_timesteps,
-                    callback=callback,
-                    log_interval=log_interval,
-                    tb_log_name=tb_log_name,
-                    reset_num_timesteps=reset_num_timesteps,
-                    progress_bar=progress_bar,
-                )
+            return super().learn(
+                total_timesteps=total_timesteps,
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
         finally:
             self._stepping_env, self._waiting_updates = None, None
-
-    def _n_busy_workers(self) -> int:
-        """Number of processes that work while the learner updates."""
-        if self.env is None or not self.overlap:
-            return 0
-        return len(getattr(self.env.unwrapped, "processes", ()))
 
     # -------------------------------------------------------- export, save, load
 
