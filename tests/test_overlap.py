@@ -1,6 +1,7 @@
 """Updates while the environments step: the order of things, with and without."""
 
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvW
 
 from sb3_mtrl import CMTASAC, MTSAC, PaCoSAC
 from sb3_mtrl.common import cpu_tuning
-from sb3_mtrl.common.vec_env import UpdateWhileStepping, VecTaskAssignment
+from sb3_mtrl.common.vec_env import SharedMemoryVecEnv, UpdateWhileStepping, VecTaskAssignment
 from tests.models import NUM_TASKS, make_env, make_model, parameters_of
 from tests.tiny_envs import PointTasksEnv
 
@@ -150,9 +151,18 @@ class SlowEnv(PointTasksEnv):
         return super().step(action)
 
 
-@pytest.mark.parametrize(["env_class", "update_seconds", "expected"], [(SlowEnv, 0.0, 1), (PointTasksEnv, 0.1, 4)])
-def test_threads_leave_cores_to_workers_that_are_slower(monkeypatch, env_class, update_seconds, expected):
-    """Four cores and three workers: three cores are theirs if they step all the time."""
+@pytest.mark.parametrize(
+    ["vec_env", "env_class", "update_seconds", "expected"],
+    [
+        (SubprocVecEnv, SlowEnv, 0.0, 1),
+        (partial(SharedMemoryVecEnv, n_workers=2), SlowEnv, 0.0, 2),
+        (DummyVecEnv, SlowEnv, 0.0, 4),
+        (SubprocVecEnv, PointTasksEnv, 0.1, 4),
+    ],
+    ids=["subproc", "shared", "no workers", "fast"],
+)
+def test_threads_leave_cores_to_workers_that_are_slower(monkeypatch, vec_env, env_class, update_seconds, expected):
+    """Four cores: those of three (of two) workers are theirs if they step all the time."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     monkeypatch.setattr(cpu_tuning, "available_cores", lambda: 4)
@@ -164,7 +174,7 @@ def test_threads_leave_cores_to_workers_that_are_slower(monkeypatch, env_class, 
         time.sleep(update_seconds)
 
     threads_before = th.get_num_threads()
-    env = VecTaskAssignment(SubprocVecEnv([lambda: env_class(NUM_TASKS) for _ in range(NUM_TASKS)]))
+    env = VecTaskAssignment(vec_env([lambda: env_class(NUM_TASKS) for _ in range(NUM_TASKS)]))
     try:
         th.set_num_threads(4)
         model = make_model(env=env, overlap=True, learning_starts=NUM_TASKS)

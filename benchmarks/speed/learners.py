@@ -15,7 +15,7 @@ import numpy as np
 import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from benchmarks.speed.bare import BareMTSAC
 from benchmarks.speed.measure import serve
@@ -81,17 +81,16 @@ def make_loop(
     :param algorithm: See ``algorithm_class``
     :param suite: Suite of Meta-World with one sub-environment per task
     :param batch_size: Rows per update; one update per step of the vector environment
-    :param vec_env: "dummy" or "subproc"
+    :param vec_env: "dummy", "subproc" or "shared"
     :param env_kwargs: Arguments of the environment
     :param n_vector_steps: Steps of the vector environment per call
     :param kwargs: Further arguments of the algorithm
     :return: Trains for that many steps of the vector environment
     """
     n_envs = int(suite.removeprefix("MT"))
-    vec_env_cls = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}[vec_env]
     model = algorithm_class(algorithm)(
         "MlpPolicy",
-        make_multi_task_vec_env(suite, n_envs, seed=0, env_kwargs=env_kwargs, vec_env_cls=vec_env_cls),
+        make_multi_task_vec_env(suite, n_envs, seed=0, env_kwargs=env_kwargs, vec_env=vec_env),
         batch_size=batch_size,
         learning_starts=10 * n_envs,
         buffer_size=10_000 * n_envs,

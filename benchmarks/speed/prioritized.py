@@ -18,7 +18,7 @@ from gymnasium import spaces
 
 import sb3_mtrl
 from benchmarks.speed.measure import Variants, machine_line, print_table, summarize, time_in_turns
-from benchmarks.speed.run import ACTION_DIM, OBS_DIM
+from benchmarks.speed.random_tasks import ACTION_DIM, OBS_DIM
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.cpu_tuning import fast_matmul, keep_freed_memory
 from sb3_mtrl.common.prioritized import SumTree, TaskPrioritizedReplayBuffer, apportion

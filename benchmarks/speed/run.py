@@ -8,7 +8,6 @@ process_time`` the figures of the learners hold even where other programs run.
 """
 
 import argparse
-import inspect
 import itertools
 import json
 import os
@@ -22,9 +21,9 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 import sb3_mtrl
+from benchmarks.speed import prioritized
 from benchmarks.speed.measure import (
     Program,
     Table,
@@ -38,12 +37,10 @@ from benchmarks.speed.measure import (
 from benchmarks.speed.peers import sbx_python
 from benchmarks.speed.random_tasks import ACTION_DIM, OBS_DIM
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
+from sb3_mtrl.common.cpu_tuning import bfloat16_probe
 from sb3_mtrl.common.vec_env import make_multi_task_vec_env
 from sb3_mtrl.envs import MetaWorldMultiTaskEnv, list_tasks
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
-
-# Arguments of Meta-World's environments that leave its simulator as it is
-STOCK_ENV = {"fast": False} if "fast" in inspect.signature(MetaWorldMultiTaskEnv).parameters else {}
 
 
 class Learners:
@@ -60,7 +57,12 @@ class Learners:
         self.rounds, self.seconds, self.n_cores, self.clock = rounds, seconds, n_cores, clock
 
     def compare(
-        self, title: str, programs: list[dict[str, dict[str, Any]]], units: int, sbx: list[int] | None = None
+        self,
+        title: str,
+        programs: list[dict[str, dict[str, Any]]],
+        units: int,
+        sbx: list[int] | None = None,
+        skipped: Table | None = None,
     ) -> Table:
         """
         :param title: Title of the table
@@ -68,6 +70,7 @@ class Learners:
             first learner is what the others are compared with
         :param units: Updates or steps per call
         :param sbx: Arguments of SBX's SAC, None: without
+        :param skipped: What is not measured, with the reason
         :return: The table
         """
         names = [name for learners in programs for name in learners]
@@ -77,7 +80,7 @@ class Learners:
         ]
         started: list[Program] = []
         variants: Variants = {}
-        skipped: Table = {}
+        skipped = dict(skipped or {})
         try:
             for learners, command in zip(programs, commands, strict=True):
                 program = Program(command, self.n_cores)
@@ -105,7 +108,12 @@ class Learners:
             return dict(algorithm=algorithm, num_tasks=num_tasks, batch_size=batch_size, n_updates=n_updates, kwargs=kwargs)
 
         ours = {info.algorithm_class.__name__: learner(name) for name, info in ALGORITHMS.items()}
-        ours["MTSAC bfloat16"] = learner("mtsac", amp="bf16")
+        skipped = {}
+        if (speedup := bfloat16_probe().speedup) >= 1:
+            ours["MTSAC bfloat16"] = learner("mtsac", amp="bf16")
+        else:
+            reason = f"this CPU multiplies in bfloat16 at {speedup:.2f} times the speed of float32"
+            skipped["MTSAC bfloat16"] = {"skipped": reason}
         ours["PaCoSAC K=20"] = learner("pacosac", n_param_sets=20)
         programs = [
             {"SB3 SAC": learner("sb3")},
@@ -114,7 +122,7 @@ class Learners:
             ours,
         ]
         title = f"one update: {num_tasks} tasks, batch {batch_size}, 3 x 400"
-        table = self.compare(title, programs, n_updates, sbx=[num_tasks, batch_size, n_updates])
+        table = self.compare(title, programs, n_updates, sbx=[num_tasks, batch_size, n_updates], skipped=skipped)
         print("cost in updates of MTSAC:", ", ".join(f"{name} {cost:.2f}" for name, cost in costs(table).items()))
         return table
 
@@ -164,20 +172,21 @@ class Learners:
             arguments = dict(suite="MT10", batch_size=1280, n_vector_steps=n_vector_steps, kwargs=kwargs)
             return dict(algorithm=algorithm, vec_env=vec_env, env_kwargs=env_kwargs, **arguments)
 
+        stock = {"fast": False}  # Meta-World's own simulation
         learners = {
-            "SB3 SAC, stock, Dummy": loop("sb3", "dummy", STOCK_ENV),
-            "SB3 SAC, stock, Subproc": loop("sb3", "subproc", STOCK_ENV),
+            "SB3 SAC, stock, Dummy": loop("sb3", "dummy", stock),
+            "SB3 SAC, stock, Subproc": loop("sb3", "subproc", stock),
             "MTSAC, Dummy": loop("mtsac", "dummy", {}),
-            "MTSAC, Subproc": loop("mtsac", "subproc", {}),
-            "MTSAC, Subproc, overlap": loop("mtsac", "subproc", {}, overlap=True),
-            "MTSAC, Dummy, bfloat16": loop("mtsac", "dummy", {}, amp="bf16"),
-            "PaCoSAC, Dummy": loop("pacosac", "dummy", {}),
+            "MTSAC, shared": loop("mtsac", "shared", {}),
+            "MTSAC, shared, overlap": loop("mtsac", "shared", {}, overlap=True),
+            "PaCoSAC, shared": loop("pacosac", "shared", {}),
+            "PaCoSAC, shared, overlap": loop("pacosac", "shared", {}, overlap=True),
         }
         programs = [{name: arguments} for name, arguments in learners.items()]
         table = self.compare("one environment step of training on MT10", programs, 10 * n_vector_steps)
-        stock = max(table["SB3 SAC, stock, Dummy"]["speed_ratio"], table["SB3 SAC, stock, Subproc"]["speed_ratio"])
+        best_of_sb3 = max(row["speed_ratio"] for name, row in table.items() if name.startswith("SB3"))
         print("speed by that of the better of the stock loops:", end=" ")
-        print(", ".join(f"{name} {row['speed_ratio'] / stock:.2f}" for name, row in table.items() if "SB3" not in name))
+        print(", ".join(f"{name} {row['speed_ratio'] / best_of_sb3:.2f}" for name, row in table.items() if "SB3" not in name))
         return table
 
 
@@ -233,11 +242,11 @@ def measure_memory(n_rows: int = 1_000_000, n_envs: Sequence[int] = (1, 10, 20))
             # What does not grow with the rows is small
             megabytes[f"{buffer_class.__name__} T={num_tasks}"] = (large - small) / 1000 * n_rows / 1e6
     if Path("/proc/self/smaps_rollup").exists():
-        for vec_env_cls, n in itertools.product((DummyVecEnv, SubprocVecEnv), n_envs):
+        for vec_env, n in itertools.product(("dummy", "subproc", "shared"), n_envs):
             before = memory_of_processes()
-            venv = make_multi_task_vec_env("MT10", n, seed=0, vec_env_cls=vec_env_cls)
+            venv = make_multi_task_vec_env("MT10", n, seed=0, vec_env=vec_env)
             venv.reset()
-            megabytes[f"{vec_env_cls.__name__} of MT10, n_envs={n}"] = (memory_of_processes() - before) / 1e6
+            megabytes[f"MT10, {vec_env}, n_envs={n}"] = (memory_of_processes() - before) / 1e6
             venv.close()
     print(f"\nmemory, MB ({n_rows} transitions)")
     for name, size in megabytes.items():
@@ -330,6 +339,7 @@ def main() -> None:
         "over_batch": learners.over_batch,
         "loop": learners.loops,
         "replay": lambda: measure_replay(args.rounds),
+        "prioritized": lambda: prioritized.measure_replay(args.rounds, num_tasks=10, batch_size=1280),
         "env": lambda: measure_env(args.rounds),
         "memory": measure_memory,
     }

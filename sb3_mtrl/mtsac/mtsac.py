@@ -31,7 +31,7 @@ from stable_baselines3.common.type_aliases import (
     TrainFreq,
 )
 from stable_baselines3.common.utils import update_learning_rate
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
@@ -49,7 +49,7 @@ from sb3_mtrl.common.utils import (
     step_unless,
     task_ids_from_observation,
 )
-from sb3_mtrl.common.vec_env import UpdateWhileStepping, VecTaskNormalize
+from sb3_mtrl.common.vec_env import SharedMemoryVecEnv, UpdateWhileStepping, VecTaskNormalize
 from sb3_mtrl.mtsac.policies import N_HEADS, CnnPolicy, MlpPolicy, MTSACActor, MTSACCritic, MTSACPolicy, MultiInputPolicy
 
 SelfMTSAC = TypeVar("SelfMTSAC", bound="MTSAC")
@@ -456,7 +456,10 @@ class MTSAC(SAC):
         """Number of processes that step all the time that an update takes; where they are done sooner, none."""
         if self._stepping_env is None or not self._stepping_env.is_slower:
             return 0
-        return len(getattr(self._stepping_env.unwrapped, "processes", ()))
+        venv = self._stepping_env.unwrapped
+        if isinstance(venv, SharedMemoryVecEnv):
+            return len(venv.assignment)
+        return venv.num_envs if isinstance(venv, SubprocVecEnv) else 0
 
     # ------------------------------------------------------------------ update
 
