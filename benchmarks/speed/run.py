@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 
 import sb3_mtrl
-from benchmarks.speed import prioritized
+from benchmarks.speed import prioritized, simulator
 from benchmarks.speed.measure import (
     Program,
     Table,
@@ -39,7 +40,6 @@ from benchmarks.speed.random_tasks import ACTION_DIM, OBS_DIM
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.cpu_tuning import bfloat16_probe
 from sb3_mtrl.common.vec_env import make_multi_task_vec_env
-from sb3_mtrl.envs import MetaWorldMultiTaskEnv, list_tasks
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 
 
@@ -271,31 +271,6 @@ def memory_of_processes() -> int:
     return total
 
 
-def measure_env(rounds: int, n_steps: int = 100) -> Table:
-    """Means over the tasks of MT10, without resets; random actions from the same seed."""
-    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-
-    names = list_tasks("MT10")
-    ours, raw = [], []
-    for task_name in names:
-        env = MetaWorldMultiTaskEnv(task_name, horizon=10**9)
-        env.reset(seed=0)
-        ours.append(env)
-        plain = ALL_V3_ENVIRONMENTS[task_name]()
-        plain._freeze_rand_vec, plain._set_task_called, plain.max_path_length = False, True, 10**9
-        plain.reset()
-        raw.append(plain)
-    actions = np.random.default_rng(0).uniform(-1, 1, (n_steps, ACTION_DIM)).astype(np.float32)
-
-    def step_all(envs: list[Any]) -> None:
-        for env in envs:
-            for action in actions:
-                env.step(action)
-
-    variants: Variants = {"Meta-World": lambda: step_all(raw), "MetaWorldMultiTaskEnv": lambda: step_all(ours)}
-    return report("one environment step, mean over MT10", time_in_turns(variants, rounds), n_steps * len(names))
-
-
 def plot(results: dict[str, Any], path: Path) -> None:
     """
     :param results: What ``main`` writes
@@ -316,7 +291,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.invert_yaxis()
         axes.set(title=title, xlabel=f"speed by that of {next(iter(rows))}")
-    figure.suptitle(results["machine"], fontsize=7)
+    figure.suptitle(textwrap.fill(results["machine"], 70 * len(bars)), fontsize=7)
     figure.savefig(path)
 
 
@@ -340,7 +315,7 @@ def main() -> None:
         "loop": learners.loops,
         "replay": lambda: measure_replay(args.rounds),
         "prioritized": lambda: prioritized.measure_replay(args.rounds, num_tasks=10, batch_size=1280),
-        "env": lambda: measure_env(args.rounds),
+        "simulator": lambda: simulator.measure(args.rounds),
         "memory": measure_memory,
     }
     if unknown := set(args.only or ()) - set(sections):
