@@ -103,6 +103,7 @@ def test_registration_can_be_repeated():
         ({"goal_seed": -1}, "goal_seed must be an integer from 0"),
         ({"render_mode": "ansi"}, "render_mode must be one of"),
         ({"camera_name": "corner9"}, "camera_name must be one of"),
+        ({"render_size": 8}, "render_size must be an integer of at least 16"),
     ],
 )
 def test_wrong_arguments(kwargs, message):
@@ -253,6 +254,22 @@ def test_goals():
         np.testing.assert_array_equal(env.reset()[0], first)
     other = MetaWorldMultiTaskEnv("push", goals="fixed", goal_seed=1).reset()[0]
     assert not np.array_equal(other[36:39], first[36:39])
+
+
+def test_goals_in_turn():
+    """Each of the 50 goals once, in the list's order, also where two tasks take turns; the same after any seed."""
+    env = MetaWorldMultiTaskEnv(["reach", "push"], goals="cycle", goal_seed=2)
+    env.set_tasks([1, 0])
+    assert env.n_goals == 50
+    observations = [env.reset(seed=7 if i == 0 else None)[0] for i in range(102)]
+    for offset, task in ((0, "push-v3"), (1, "reach-v3")):
+        rand_vecs = [pickle.loads(goal.data)["rand_vec"] for goal in _goal_cache[task, 2]]
+        visited = [tuple(obs[36:39]) for obs in observations[offset::2]]
+        # Meta-World's goal is the end of the random vector; push takes its height from the object
+        np.testing.assert_allclose([goal[:2] for goal in visited[:50]], [vec[-3:-1] for vec in rand_vecs], atol=1e-6)
+        assert len(set(visited)) == 50 and visited[50] == visited[0]
+    np.testing.assert_array_equal(env.reset(seed=8)[0], observations[0])
+    assert MetaWorldMultiTaskEnv("reach", goals="fixed").n_goals == 1
 
 
 def test_equal_seeds_give_equal_trajectories_whatever_came_before():

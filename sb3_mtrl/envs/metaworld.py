@@ -139,7 +139,8 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
     :param tasks: A suite (``"MT3"``, ``"MT10"``, ``"MT25"``, ``"MT50"``), or names of tasks (``"reach-v3"`` or ``"reach"``)
     :param horizon: Steps after which an episode is truncated, at least 1 (Meta-World: 500; the papers of PaCo and CMTA: 150)
     :param reward_function_version: Meta-World's reward functions, ``"v2"`` or ``"v1"``
-    :param goals: ``"random"`` draws one of the task's 50 goals at each reset, ``"fixed"`` always takes the first
+    :param goals: ``"random"`` draws one of the task's 50 goals at each reset, ``"fixed"`` always takes the first, ``"cycle"``
+        takes them in turn, beginning with the first: for evaluations that visit each goal equally often
     :param terminate_on_success: End the episode at the first success; meant for evaluation
     :param reward: ``"dense"`` for Meta-World's reward, ``"success"`` for 1 at the first success of an episode and 0 else
     :param success: What ``is_success`` tells: success in ``"any"`` step of the episode so far, or in the ``"last"`` step
@@ -150,6 +151,7 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
         Frames of the corner cameras, which are mounted upside down, are turned
     :param fast: Simulate with :mod:`sb3_mtrl.envs.fast_metaworld`: the same numbers to the last bit in less than half the
         time, for tested versions of Meta-World; with others it warns and changes nothing. False for Meta-World's own code
+    :param render_size: Width and height of a frame in pixels, at least 16
     :raises ValueError: if an argument is none of these
     """
 
@@ -168,19 +170,21 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
         render_mode: str | None = None,
         camera_name: str | None = None,
         fast: bool = True,
+        render_size: int = 480,
     ):
         self.task_names = resolve_tasks(tasks)
         self.num_tasks = len(self.task_names)
         self.horizon = _check_int("horizon", horizon, 1, None)
         self.goal_seed = _check_int("goal_seed", goal_seed, 0, 2**32 - 1)
         self.reward_function_version = _check_choice("reward_function_version", reward_function_version, ("v1", "v2"))
-        self.goals = _check_choice("goals", goals, ("random", "fixed"))
+        self.goals = _check_choice("goals", goals, ("random", "fixed", "cycle"))
         self.reward = _check_choice("reward", reward, ("dense", "success"))
         self.success = _check_choice("success", success, ("any", "last"))
         self.terminate_on_success = _check_choice("terminate_on_success", terminate_on_success, (True, False))
         self.render_mode = _check_choice("render_mode", render_mode, (None, *self.metadata["render_modes"]))
         self.camera_name = _check_choice("camera_name", camera_name, (None, *CAMERAS))
         self.fast = _check_choice("fast", fast, (True, False))
+        self.render_size = _check_int("render_size", render_size, 16, None)
 
         self.observation_space = spaces.Box(-np.inf, np.inf, shape=(BASE_OBS_DIM + self.num_tasks,), dtype=np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, shape=(4,), dtype=np.float32)
@@ -188,6 +192,7 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
         self.task_id = 0
         self._assigned_tasks: tuple[int, ...] | None = None
         self._next_position: int | None = None  # in assigned_tasks; None: the cycle has not begun
+        self._next_goals = [0] * self.num_tasks  # of each task, for goals="cycle"
         self._envs: dict[int, SawyerXYZEnv] = {}
         self._env: SawyerXYZEnv | None = None  # the one of the current task; None: not reset yet
         self._elapsed_steps = 0
@@ -198,6 +203,11 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
     def assigned_tasks(self) -> tuple[int, ...]:
         """The tasks that this environment cycles through: all, unless :meth:`set_tasks` said otherwise."""
         return tuple(range(self.num_tasks)) if self._assigned_tasks is None else self._assigned_tasks
+
+    @property
+    def n_goals(self) -> int:
+        """Number of goals that an episode of a task may have."""
+        return 1 if self.goals == "fixed" else N_GOALS
 
     def set_tasks(self, task_ids: Sequence[int]) -> None:
         """
@@ -218,7 +228,7 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
         """
         Begin an episode of the next task in the cycle.
 
-        :param seed: Seeds the choice of goals and restarts the cycle: equal seeds give equal sequences of episodes
+        :param seed: Seeds the choice of goals and restarts the cycles: equal seeds give equal sequences of episodes
         :param options: ``{"task": task_id}`` visits this task now, and leaves the cycle where it is
         :return: Observation, shape ``(39 + T,)``, and info with ``task_name`` and ``task_id``
         """
@@ -226,6 +236,7 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
         if seed is not None or self._next_position is None:
             # Environments that were not told their tasks must not all start with the same one
             self._next_position = 0 if self._assigned_tasks is not None else int(self.np_random.integers(self.num_tasks))
+            self._next_goals = [0] * self.num_tasks
         if options is not None and options.get("task") is not None:
             task_id = _check_int("options['task']", options["task"], 0, self.num_tasks - 1)
         else:
@@ -234,8 +245,7 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
             self._next_position = (self._next_position + 1) % len(assigned)
 
         env = self._switch_to(task_id)
-        tasks = _goal_cache[self.task_names[task_id], self.goal_seed]
-        env.set_task(tasks[int(self.np_random.integers(N_GOALS)) if self.goals == "random" else 0])
+        env.set_task(_goal_cache[self.task_names[task_id], self.goal_seed][self._choose_goal(task_id)])
         self._elapsed_steps = 0
         self._has_succeeded = False
         raw_obs, _ = env.reset()
@@ -267,7 +277,7 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
 
     def render(self) -> np.ndarray | None:
         """
-        :return: A frame ``(480, 480, 3)``, uint8, in the mode ``"rgb_array"``, else None
+        :return: A frame ``(render_size, render_size, 3)``, uint8, in the mode ``"rgb_array"``, else None
         """
         if self.render_mode is None:
             gym.logger.warn('render() without a render_mode: pass render_mode="rgb_array" or "human" to gym.make')
@@ -291,6 +301,14 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
     def __getstate__(self) -> dict[str, Any]:
         # The simulations stay behind: a copy continues the cycle and the goals, with a reset
         return {**self.__dict__, "_envs": {}, "_env": None}
+
+    def _choose_goal(self, task_id: int) -> int:
+        if self.goals == "random":
+            return int(self.np_random.integers(N_GOALS))
+        goal = self._next_goals[task_id]
+        if self.goals == "cycle":
+            self._next_goals[task_id] = (goal + 1) % N_GOALS
+        return goal
 
     def _switch_to(self, task_id: int) -> "SawyerXYZEnv":
         """Make a task the current one; compile its MuJoCo model and draw its goals if that was not done."""
@@ -316,6 +334,8 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
             reward_function_version=self.reward_function_version,
             render_mode=self.render_mode,  # type: ignore[arg-type]
             camera_name=self.camera_name,
+            height=self.render_size,
+            width=self.render_size,
         )
         # Beyond its own limit of 500 Meta-World refuses to step
         env.max_path_length = self.horizon
