@@ -56,7 +56,7 @@ def test_supported_pythons() -> None:
     assert named == {"3.10", "3.11", "3.12", "3.13"}
 
 
-@pytest.mark.parametrize("extra", ["", "onnx", "plots", "dev"])
+@pytest.mark.parametrize("extra", ["", "onnx", "plots", "video", "dev"])
 def test_dependencies_have_both_bounds(extra: str) -> None:
     found = declared(extra)
 
@@ -66,7 +66,7 @@ def test_dependencies_have_both_bounds(extra: str) -> None:
         assert operators == {">=", "<"}, f"{requirement} needs a lower and an upper bound"
 
 
-@pytest.mark.parametrize("extra", ["", "onnx", "plots", "dev"])
+@pytest.mark.parametrize("extra", ["", "onnx", "plots", "video", "dev"])
 def test_constraints_pin_each_direct_dependency_within_its_range(extra: str) -> None:
     pins = {canonicalize_name(pin.name): pin for pin in constraints() if _applies(pin, "")}
 
@@ -109,7 +109,7 @@ def test_every_imported_package_is_declared() -> None:
     """What the package imports must be its own dependency, not only somebody else's."""
     imported = set().union(*(imported_packages(ast.parse(file.read_text())) for file in PACKAGE.rglob("*.py")))
     imported -= {*sys.stdlib_module_names, "sb3_mtrl", "_sb3_mtrl_zoo_hook"}
-    names = {canonicalize_name(item.name) for item in [*declared(), *declared("onnx"), *declared("plots")]}
+    names = {canonicalize_name(item.name) for item in [*declared(), *declared("onnx"), *declared("plots"), *declared("video")]}
     owners = packages_distributions()
 
     assert {"torch", "stable_baselines3", "metaworld"} <= imported

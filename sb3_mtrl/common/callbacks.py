@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
-from stable_baselines3.common.logger import Figure, Logger
+from stable_baselines3.common.logger import CSVOutputFormat, Figure, Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_normalization
 
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, evaluate_multi_task_policy, format_success_rates, task_id_of_step
@@ -384,6 +384,35 @@ class MultiTaskEvalCallback(EvalCallback):
         self.logger.dump(self.num_timesteps)
 
 
+class ProgressFileCallback(BaseCallback):
+    """
+    Also write all that the logger dumps as ``progress.csv`` (SB3's format "csv"), whatever other outputs there are.
+
+    A file of an earlier training is kept: a training that is continued writes ``progress_<time steps>.csv`` beside it.
+
+    :param folder: Folder of the file
+    :param verbose: Verbosity level
+    """
+
+    def __init__(self, folder: str, verbose: int = 0):
+        super().__init__(verbose)
+        self.folder = folder
+        self._output: CSVOutputFormat | None = None
+
+    def _init_callback(self) -> None:
+        if self._output in self.logger.output_formats:
+            return  # learn() was called again with the same logger
+        path = os.path.join(self.folder, "progress.csv")
+        if os.path.exists(path):
+            path = os.path.join(self.folder, f"progress_{self.model.num_timesteps}.csv")
+        os.makedirs(self.folder, exist_ok=True)
+        self._output = CSVOutputFormat(path)
+        self.logger.output_formats.append(self._output)
+
+    def _on_step(self) -> bool:
+        return True
+
+
 class GateWeightsCallback(BaseCallback):
     """
     Play one episode of each task from time to time, and write down which experts the actor listens to.
@@ -437,11 +466,7 @@ class GateWeightsCallback(BaseCallback):
             return True
         if self.model.get_vec_normalize_env() is not None:
             sync_envs_normalization(self.training_env, self.eval_env)
-        episodes = self._play()
-        lengths = np.array([len(episode) for episode in episodes])
-        weights = np.full((len(episodes), lengths.max(), episodes[0].shape[1]), np.nan, dtype=np.float32)
-        for row, episode in zip(weights, episodes, strict=True):
-            row[: len(episode)] = episode
+        weights, lengths = play_gate_episodes(self.model, self.eval_env, self.seed)
         path = os.path.join(self.save_path, f"gate_weights_{self.num_timesteps}")
         np.savez(f"{path}.npz", weights=weights, lengths=lengths, task_names=self.task_names)
         if self.verbose >= 1:
@@ -452,32 +477,47 @@ class GateWeightsCallback(BaseCallback):
             self.logger.record("eval/gate_weights", Figure(figure, close=False), exclude=("stdout", "log", "json", "csv"))
         return True
 
-    def _play(self) -> list[np.ndarray]:
-        """Gate weights of the first finished episode of each task, ``(steps, k)``."""
-        num_tasks, env = len(self.task_names), self.eval_env
-        finished: dict[int, np.ndarray] = {}
-        steps: list[list[np.ndarray]] = [[] for _ in range(env.num_envs)]
-        n_episodes, max_episodes = 0, MAX_EPISODES_PER_GATE * num_tasks * env.num_envs
-        if self.seed is not None:
-            env.seed(self.seed)
-        obs: Any = env.reset()
-        state, starts = None, np.ones(env.num_envs, dtype=bool)
-        while len(finished) < num_tasks:
-            weights = self.model.policy.gate_weights(obs, state, starts)
-            actions, state = self.model.predict(obs, state=state, episode_start=starts, deterministic=True)
-            last_obs = obs
-            obs, _, starts, infos = env.step(actions)
-            for index, info in enumerate(infos):
-                steps[index].append(weights[index])
-                if starts[index]:
-                    row = last_obs[index] if isinstance(last_obs, np.ndarray) else None
-                    finished.setdefault(task_id_of_step(info, row, num_tasks), np.stack(steps[index]))
-                    steps[index] = []
-                    n_episodes += 1
-            if n_episodes > max_episodes:
-                missing = [name for task, name in enumerate(self.task_names) if task not in finished]
-                raise RuntimeError(f"eval_env does not reach the tasks {', '.join(missing)} in {n_episodes} episodes")
-        return [finished[task] for task in range(num_tasks)]
+
+def play_gate_episodes(model: Any, env: VecEnv, seed: int | None = DEFAULT_EVAL_SEED) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Play one episode of each task with deterministic actions, and watch the gate.
+
+    :param model: A ``CMTASAC``
+    :param env: Vector environment with the model's tasks
+    :param seed: Seed of the environment; None: no seeding
+    :return: Gate weights ``(T, steps, k)``, NaN after the end of an episode, and the lengths of the episodes ``(T,)``
+    :raises RuntimeError: if a task never comes
+    """
+    task_names = get_task_names(env)
+    num_tasks = len(task_names)
+    finished: dict[int, np.ndarray] = {}
+    steps: list[list[np.ndarray]] = [[] for _ in range(env.num_envs)]
+    n_episodes, max_episodes = 0, MAX_EPISODES_PER_GATE * num_tasks * env.num_envs
+    if seed is not None:
+        env.seed(seed)
+    obs: Any = env.reset()
+    state, starts = None, np.ones(env.num_envs, dtype=bool)
+    while len(finished) < num_tasks:
+        step_weights = model.policy.gate_weights(obs, state, starts)
+        actions, state = model.predict(obs, state=state, episode_start=starts, deterministic=True)
+        last_obs = obs
+        obs, _, starts, infos = env.step(actions)
+        for index, info in enumerate(infos):
+            steps[index].append(step_weights[index])
+            if starts[index]:
+                row = last_obs[index] if isinstance(last_obs, np.ndarray) else None
+                finished.setdefault(task_id_of_step(info, row, num_tasks), np.stack(steps[index]))
+                steps[index] = []
+                n_episodes += 1
+        if n_episodes > max_episodes:
+            missing = [name for task, name in enumerate(task_names) if task not in finished]
+            raise RuntimeError(f"eval_env does not reach the tasks {', '.join(missing)} in {n_episodes} episodes")
+    episodes = [finished[task] for task in range(num_tasks)]
+    lengths = np.array([len(episode) for episode in episodes])
+    weights = np.full((num_tasks, lengths.max(), episodes[0].shape[1]), np.nan, dtype=np.float32)
+    for row, episode in zip(weights, episodes, strict=True):
+        row[: len(episode)] = episode
+    return weights, lengths
 
 
 def plot_gate_weights(weights: np.ndarray, task_names: Sequence[str]) -> Any:

@@ -15,6 +15,7 @@ What it adds for ours:
 * A run that is short for its warm-up (``-n`` below ten times ``learning_starts``) warms up for a tenth of it, else ``-n 6000``
   would never update a network. ``-params learning_starts:...`` is taken as it is.
 * A run that continues with its replay buffer (``-i``, after ``--save-replay-buffer``) does not warm up again.
+* What is logged is also written to ``progress.csv`` in the folder of the run, for plots.
 * A table of the tasks is printed at the end of a training, from the last evaluation (so not with ``--eval-freq -1``);
   ``-params random_baseline:True`` puts a random policy beside it.
 
@@ -38,12 +39,12 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
-from sb3_mtrl.common.callbacks import DEFAULT_EVAL_SEED, MultiTaskEvalCallback
+from sb3_mtrl.common.callbacks import DEFAULT_EVAL_SEED, MultiTaskEvalCallback, ProgressFileCallback
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, RandomPolicy, evaluate_multi_task_policy, format_task_table
 from sb3_mtrl.common.vec_env import VecTaskNormalize, preload_worker_imports
 from sb3_mtrl.common.vec_env.make import add_n_workers, resolve_vec_env
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
-from sb3_mtrl.zoo.utils import hyperparams_path
+from sb3_mtrl.zoo.utils import TASK_ASSIGNMENT, hyperparams_path
 
 if TYPE_CHECKING:
     from rl_zoo3.exp_manager import ExperimentManager
@@ -51,7 +52,6 @@ else:
     # The mixin is put before RL Zoo's class when that one was loaded, see sb3_mtrl.zoo.patches
     ExperimentManager = object
 
-TASK_ASSIGNMENT = "sb3_mtrl.common.vec_env.VecTaskAssignment"
 TUNING_OBJECTIVES = ("success_rate", "mean_reward")
 
 
@@ -208,6 +208,7 @@ class MultiTaskExperimentMixin(ExperimentManager):
         super().create_callbacks()
         if not self.is_multi_task_algorithm:
             return
+        self.callbacks.append(ProgressFileCallback(self.save_path))
         for index, callback in enumerate(self.callbacks[n_specified:], n_specified):
             if type(callback) is EvalCallback:
                 self.callbacks[index] = self.eval_callback = MultiTaskEvalCallback(

@@ -2,6 +2,9 @@ from pathlib import Path
 
 import sb3_mtrl
 
+# As hyperparameter files and saved configurations write it
+TASK_ASSIGNMENT = "sb3_mtrl.common.vec_env.VecTaskAssignment"
+
 
 def hyperparams_path(algo: str) -> Path:
     """

@@ -1,0 +1,91 @@
+"""What several runs say together: means, interquartile means and their intervals."""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy import stats
+
+from sb3_mtrl.common.evaluation import wilson_interval
+
+
+def interquartile_mean(scores: np.ndarray) -> float:
+    """
+    Mean of the middle half of all scores: a quarter of them, rounded down, is cut off at each end.
+
+    Paper: Deep Reinforcement Learning at the Edge of the Statistical Precipice, https://arxiv.org/abs/2108.13264.
+
+    :param scores: Scores of any shape, at least one
+    :return: The interquartile mean
+    :raises ValueError: if there is no score
+    """
+    values = np.sort(np.asarray(scores, dtype=np.float64), axis=None)
+    if len(values) == 0:
+        raise ValueError("scores must hold at least one score, got none")
+    n_cut = len(values) // 4
+    return float(values[n_cut : len(values) - n_cut].mean())
+
+
+def stratified_bootstrap(
+    scores: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray | float],
+    n_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> np.ndarray:
+    """
+    Percentile interval of a statistic, from resampled runs. The runs are resampled within each task (stratified), so that
+    the interval tells what other seeds would give on the same tasks.
+
+    This is the interval of ``rliable.library.get_interval_estimates`` (same paper as ``interquartile_mean``), with a generator
+    of its own: equal arguments give equal intervals.
+
+    :param scores: Scores ``(runs, tasks, ...)``
+    :param statistic: Function of such an array, e.g. ``interquartile_mean``
+    :param n_resamples: Number of resamples, at least 1
+    :param confidence: Confidence level, in (0, 1)
+    :param seed: Seed of the resampling
+    :return: Lower and upper end, shape ``(2, ...)`` with the shape of the statistic; NaN for a single run, which says
+        nothing about others
+    :raises ValueError: if an argument is out of its range
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim < 2 or 0 in scores.shape:
+        raise ValueError(f"scores must be an array (runs, tasks, ...) that is not empty, got the shape {scores.shape}")
+    if n_resamples < 1:
+        raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+    n_runs, n_tasks = scores.shape[:2]
+    if n_runs == 1:
+        return np.full((2, *np.shape(statistic(scores))), np.nan)
+    generator = np.random.default_rng(seed)
+    tasks = np.arange(n_tasks)
+    samples = [statistic(scores[generator.integers(n_runs, size=(n_runs, n_tasks)), tasks]) for _ in range(n_resamples)]
+    tail = (1.0 - confidence) / 2
+    return np.quantile(np.stack(samples), [tail, 1.0 - tail], axis=0)
+
+
+def success_interval_over_runs(
+    success_rates: np.ndarray, n_episodes_per_run: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """
+    Interval of the mean success rate of several runs, for few runs: Student's t over the runs, and never narrower than
+    Wilson's over all episodes (three runs that all reach 100 % have no spread, but were only seen for so many episodes).
+
+    :param success_rates: Success rate of each run ``(runs,)``
+    :param n_episodes_per_run: Number of episodes behind each rate, at least 1
+    :param confidence: Confidence level, in (0, 1)
+    :return: Lower and upper end, in [0, 1]; NaN if a rate is unknown
+    :raises ValueError: if an argument is out of its range
+    """
+    rates = np.asarray(success_rates, dtype=np.float64)
+    if rates.ndim != 1 or len(rates) == 0:
+        raise ValueError(f"success_rates must be a vector of at least one rate, got the shape {rates.shape}")
+    if np.isnan(rates).any():
+        return float("nan"), float("nan")
+    n_episodes = len(rates) * n_episodes_per_run
+    low, high = wilson_interval(float(rates.mean()) * n_episodes, n_episodes, confidence)
+    if len(rates) > 1:
+        half_width = stats.t.ppf(0.5 + confidence / 2, len(rates) - 1) * rates.std(ddof=1) / np.sqrt(len(rates))
+        low, high = min(low, rates.mean() - half_width), max(high, rates.mean() + half_width)
+    return max(0.0, float(low)), min(1.0, float(high))
