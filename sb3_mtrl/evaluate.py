@@ -112,7 +112,7 @@ def evaluate_run(
     goal_list = run.goal_list_kwargs(env_kwargs)
     if protocol is not None and not goal_list:
         raise ValueError(f"protocol={protocol!r} is about Meta-World's environments, got {run.env_id}")
-    env = run.make_env(n_envs, vec_env, DEFAULT_EVAL_SEED, **env_kwargs, **goal_list)
+    env = run.make_env({**env_kwargs, **goal_list}, n_envs, vec_env, DEFAULT_EVAL_SEED)
     try:
         if env.num_envs > get_num_tasks(env):
             raise ValueError(f"n_envs must be at most one per task ({get_num_tasks(env)}), got {env.num_envs}")

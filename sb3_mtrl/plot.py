@@ -168,7 +168,7 @@ def _draw_subspace(run: TrainedRun, model: Any, n_samples: int) -> Any:
     own = w.detach().clone()
     angles = 2 * np.pi * np.arange(n_samples) / n_samples
     length = own.norm(dim=1).mean()
-    env = run.make_env(**run.goal_list_kwargs({}))
+    env = run.make_env(run.goal_list_kwargs({}))
     try:
         scores = []
         for angle in angles:

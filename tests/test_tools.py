@@ -3,17 +3,34 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import gymnasium as gym
 import numpy as np
 import pytest
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_mtrl.evaluate
+import sb3_mtrl.plot
+import sb3_mtrl.record
+from benchmarks.learning.results import append_results
 from sb3_mtrl import MTSAC
 from sb3_mtrl.common.evaluation import evaluate_multi_task_policy, wilson_interval
-from sb3_mtrl.common.statistics import success_interval_over_runs
-from sb3_mtrl.common.vec_env import VecTaskNormalize
+from sb3_mtrl.common.figures import plot_learning_curves, plot_logged_values, plot_task_curves, project_to_plane
+from sb3_mtrl.common.results import (
+    RunHistory,
+    final_scores,
+    format_final_table,
+    read_progress,
+    read_tidy_results,
+    stack_histories,
+)
+from sb3_mtrl.common.statistics import interquartile_mean, stratified_bootstrap, success_interval_over_runs
+from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize
 from sb3_mtrl.zoo.runs import find_run
 from tests.test_zoo import ENV_ID, TINY_ENV, TINY_NETS, zoo_train
+from tests.tiny_envs import PointTasksEnv
 
 TASKS = ["point-0", "point-1", "point-2"]
 EVALUATED = ("--eval-freq", "60", "--eval-episodes", "6")
@@ -139,3 +156,272 @@ def test_success_interval_over_runs() -> None:
     low, high = success_interval_over_runs(np.array([0.49, 0.5, 0.51]), 10**6)
     assert (low, high) == pytest.approx((0.5 - 4.3027 * 0.01 / np.sqrt(3), 0.5 + 4.3027 * 0.01 / np.sqrt(3)), abs=1e-6)
     assert np.isnan(success_interval_over_runs(np.array([np.nan, 1.0]), 5)).all()
+
+
+# ------------------------------------------------------------------ statistics
+
+
+def test_interquartile_mean() -> None:
+    # Of the 8 sorted scores -50, 0, 1, 2, 3, 5, 6, 100 two are cut off at each end
+    assert interquartile_mean(np.array([[6.0, 0, 1, 100], [2, 5, -50, 3]])) == pytest.approx((1 + 2 + 3 + 5) / 4)
+    # int(0.25 * 3) = 0: nothing is cut off
+    assert interquartile_mean(np.array([1.0, 2, 6])) == pytest.approx(3.0)
+    with pytest.raises(ValueError, match="at least one score"):
+        interquartile_mean(np.array([]))
+
+
+def test_stratified_bootstrap() -> None:
+    generator = np.random.default_rng(3)
+    # Tasks of very different levels: resampling within tasks leaves the levels out of the interval
+    scores = generator.normal(size=(40, 5)) + 100 * np.arange(5)
+    low, high = stratified_bootstrap(scores, np.mean, n_resamples=4000)
+    # Normal approximation: the variance of the mean is the mean of the tasks' (population) variances / (runs * tasks)
+    half_width = 1.96 * np.sqrt(scores.var(axis=0).mean() / scores.size)
+    assert (low, high) == pytest.approx((scores.mean() - half_width, scores.mean() + half_width), abs=0.1 * half_width)
+    assert stratified_bootstrap(scores, np.mean, 20).tolist() == stratified_bootstrap(scores, np.mean, 20).tolist()
+    # A statistic with a shape of its own, as for curves
+    curves = stratified_bootstrap(np.stack([scores, scores + 1], axis=2), lambda sample: sample.mean(axis=(0, 1)), 200)
+    assert curves.shape == (2, 2)
+    np.testing.assert_allclose(curves[:, 1] - curves[:, 0], 1.0)
+    assert np.isnan(stratified_bootstrap(scores[:1], np.mean)).all()
+    with pytest.raises(ValueError, match=r"got the shape \(3,\)"):
+        stratified_bootstrap(np.zeros(3), np.mean)
+
+
+# ------------------------------------------------------------------------ plot
+
+
+def make_history(method: str, seed: int, scores: list[list[float]], steps: tuple[int, ...] = (10, 20)) -> RunHistory:
+    """Success rates by evaluation and task; returns are ten times as large."""
+    values = np.array(scores)
+    return RunHistory(method, "Env-v0", seed, ("left", "right"), np.array(steps), values, 10 * values)
+
+
+HISTORIES = [
+    make_history("a", 1, [[0.0, 0.2], [0.4, 0.6]]),
+    make_history("a", 2, [[0.0, 0.4], [0.8, 0.8], [1.0, 1.0]], steps=(10, 20, 30)),
+    make_history("b", 1, [[0.0, 0.0], [0.1, 0.3]]),
+]
+
+
+def test_runs_are_compared_at_common_steps() -> None:
+    steps, scores = stack_histories(HISTORIES[:2], "success")
+    assert steps.tolist() == [10, 20] and scores.shape == (2, 2, 2)
+    assert scores[:, :, -1].tolist() == [[0.4, 0.6], [0.8, 0.8]]
+    with pytest.raises(ValueError, match="no evaluation at the same step"):
+        stack_histories([HISTORIES[0], make_history("a", 3, [[0, 0]], steps=(15,))], "success")
+    other_tasks = RunHistory("a", "Env-v0", 4, ("up",), np.array([10]), np.zeros((1, 1)), np.zeros((1, 1)))
+    with pytest.raises(ValueError, match="same tasks"):
+        stack_histories([HISTORIES[0], other_tasks], "success")
+
+
+def test_final_scores_and_table() -> None:
+    first, second = (final_scores(runs) for runs in (HISTORIES[:2], HISTORIES[2:]))
+    # By hand from the values at step 20
+    assert (first.step, first.n_runs, first.worst_task) == (20, 2, "left")
+    assert first.task_means == pytest.approx([0.6, 0.7]) and first.mean == pytest.approx(0.65)
+    # The middle two of 0.4, 0.6, 0.8, 0.8
+    assert first.task_std == pytest.approx(0.05) and first.iqm == pytest.approx(0.7)
+    # Lowest and highest resamples have probability 1/16: 0.4, 0.4, 0.6, 0.6 and 0.8 four times
+    assert first.mean_interval == pytest.approx([0.5, 0.8]) and first.iqm_interval == pytest.approx([0.5, 0.8])
+    assert second.worst_task == "left" and second.worst_mean == pytest.approx(0.1) and second.task_std == pytest.approx(0.1)
+    assert np.isnan(second.iqm_interval).all()
+    lines = format_final_table([first, second]).splitlines()
+    assert lines[2].split() == ["a", "2", "20", "65%", "[50%,", "80%]", "70%", "[50%,", "80%]", "5%", "left", "60%"]
+    assert lines[3].split() == ["b", "1", "20", "20%", "-", "20%", "-", "10%", "left", "10%"]
+    assert lines[-2].split() == ["left", "60%", "10%"]
+
+
+def test_tidy_results_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    append_results(path, [row for history in HISTORIES for row in history.rows()])
+    read = read_tidy_results(path)
+    assert [(history.method, history.seed) for history in read] == [("a", 1), ("a", 2), ("b", 1)]
+    for history, expected in zip(read, HISTORIES, strict=True):
+        assert history.task_names == expected.task_names and history.timesteps.tolist() == expected.timesteps.tolist()
+        np.testing.assert_allclose(history.success_rates, expected.success_rates)
+        np.testing.assert_allclose(history.mean_returns, expected.mean_returns)
+    path.write_text("method,seed\n")
+    with pytest.raises(ValueError, match="lacks env, step, task, success, return"):
+        read_tidy_results(path)
+
+
+def test_progress_of_a_continued_training(tmp_path: Path) -> None:
+    (tmp_path / "progress.csv").write_text("time/total_timesteps,train/quota/a,rollout/x\n10,1.5,9\n20,,9\n30,3,9\n")
+    # Went on from step 20
+    (tmp_path / "progress_20.csv").write_text("train/quota/b,train/quota/a,time/total_timesteps\n7,4,30\n8,5,40\n")
+    steps, columns = read_progress(tmp_path, ["train/quota"])
+    assert steps.tolist() == [10, 20, 30, 40] and list(columns) == ["train/quota/a", "train/quota/b"]
+    np.testing.assert_array_equal(columns["train/quota/a"], [1.5, np.nan, 4, 5])
+    np.testing.assert_array_equal(columns["train/quota/b"], [np.nan, np.nan, 7, 8])
+    with pytest.raises(FileNotFoundError, match=r"no progress.csv in"):
+        read_progress(tmp_path / "nowhere", ["train"])
+
+
+def test_training_writes_progress(logs: Path) -> None:
+    steps, columns = read_progress(logs / "pacosac" / f"{ENV_ID}_1", ["eval/success_rate", "train/w_norm"])
+    assert {60, 120} <= set(steps.tolist())
+    assert {f"train/w_norm/{task}" for task in TASKS} <= set(columns)
+    with np.load(logs / "pacosac" / f"{ENV_ID}_1" / "evaluations.npz") as file:
+        rates = file["task_success_rates"].mean(axis=1)
+    np.testing.assert_allclose(columns["eval/success_rate"][np.isin(steps, [60, 120])], rates)
+
+
+def test_principal_components() -> None:
+    # Points on a line: the first component is the distance along it, the second nothing
+    points = np.outer([-3.0, 1.0, 2.0], [0.6, 0.8, 0.0]) + 5
+    coordinates, shares = project_to_plane(points)
+    np.testing.assert_allclose(coordinates, [[-3, 0], [1, 0], [2, 0]], atol=1e-12)
+    np.testing.assert_allclose(shares, [1, 0], atol=1e-12)
+    assert project_to_plane(np.array([[1.0], [3.0]]))[0].tolist() == [[-1, 0], [1, 0]]
+
+
+def assert_pictures(folder: Path, names: set[str]) -> None:
+    """The files are there, in both formats, and the PNG shows more than one colour."""
+    from PIL import Image
+
+    assert {path.name for path in folder.iterdir()} == {f"{name}{suffix}" for name in names for suffix in (".png", ".svg")}
+    for name in names:
+        pixels = np.asarray(Image.open(folder / f"{name}.png").convert("RGB"))
+        assert min(pixels.shape[:2]) > 200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+        assert "<svg" in (folder / f"{name}.svg").read_text()
+
+
+def test_plot_draws_all_that_the_runs_hold(logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    algos = ["mtsac", "pacosac", "cmtasac"]
+    sb3_mtrl.plot.main(["--algo", *algos, *TINY_ENV, "-f", str(logs), "-o", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert re.search(r"^mtsac +2 +120", output, re.M) and re.search(r"^cmtasac +1 +120", output, re.M)
+    training = {f"{algo}_training" for algo in algos}
+    assert_pictures(tmp_path, {"curves", "tasks", "final", "pacosac_w", "cmtasac_gate", *training})
+
+
+def test_plot_the_subspace(logs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["--figures", "subspace", "--subspace-samples", "4", "-o", str(tmp_path)]
+    sb3_mtrl.plot.main(["--algo", "pacosac", *TINY_ENV, "-f", str(logs), *arguments])
+    assert_pictures(tmp_path, {"pacosac_subspace"})
+
+
+def test_figures_show_the_numbers() -> None:
+    pytest.importorskip("matplotlib")
+    (axes,) = plot_learning_curves(HISTORIES).axes
+    mean_a, mean_b = axes.lines
+    assert mean_a.get_xdata().tolist() == [10, 20]
+    np.testing.assert_allclose(mean_a.get_ydata(), [0.15, 0.65])
+    np.testing.assert_allclose(mean_b.get_ydata(), [0.0, 0.2])
+    assert len(axes.collections) == 1  # one run has no interval
+    panels = plot_task_curves(HISTORIES).axes
+    np.testing.assert_allclose(panels[1].lines[0].get_ydata(), [0.3, 0.7])
+    columns = {"train/lambda": np.array([1.0, 2]), "train/lambda/a": np.array([3.0, np.nan]), "train/x": np.ones(2)}
+    figure = plot_logged_values(np.array([1, 2]), columns)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["train/lambda", "train/x"]
+    assert {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines} == {"all tasks": [1, 2], "a": [3]}
+
+
+def test_plot_from_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    append_results(tmp_path / "results.csv", [row for history in HISTORIES for row in history.rows()])
+    sb3_mtrl.plot.main(["--results", str(tmp_path / "results.csv"), "-o", str(tmp_path / "plots")])
+    assert re.search(r"^a +2 +20 +65%", capsys.readouterr().out, re.M)
+    assert_pictures(tmp_path / "plots", {"curves", "tasks", "final"})
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--algo", "mtsac"], "name trained agents with --algo and --env, or a table with --results"),
+        (["--results", "x.csv", "--algo", "mtsac"], "argument --results: leave out"),
+        (["--results", "x.csv"], "argument --results: there is no file x.csv"),
+        (["--algo", "mtsac", "--env", ENV_ID, "-f", "nowhere"], "-f/--folder must be a folder .* nowhere/mtsac"),
+        (["--algo", "mtsac", "--env", ENV_ID, "--exp-id", "9"], "--exp-id 9: no evaluations.npz"),
+        (["--algo", "mtsac", "--env", ENV_ID, "--subspace-samples", "1"], "--subspace-samples: must be at least 2, got 1"),
+    ],
+)
+def test_plot_refuses(arguments: list[str], message: str, logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        sb3_mtrl.plot.main(["-f", str(logs), *arguments])
+    assert stop.value.code == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+# ---------------------------------------------------------------------- record
+
+
+class PaintedPointEnv(PointTasksEnv):
+    """Frames of one colour: red tells the step, green the task."""
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium's own declaration)
+
+    def __init__(self, render_mode: str | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.render_mode = render_mode
+
+    def render(self) -> np.ndarray:
+        frame = np.zeros((20, 30, 3), dtype=np.uint8)
+        frame[..., 0], frame[..., 1] = 10 * self._steps, 100 * self.task_id
+        return frame
+
+
+def test_cells_stand_still_when_their_episode_is_over() -> None:
+    class Expert:
+        """Walks to the goal in task 0, and the other way in task 1."""
+
+        def predict(self, observation: np.ndarray, state: Any, episode_start: np.ndarray, deterministic: bool) -> Any:
+            direction = observation[:, 2:4] - observation[:, :2]
+            return np.clip(direction * np.where(observation[:, 4:5] > 0, 5, -5), -1, 1), state
+
+    def make() -> PaintedPointEnv:
+        return PaintedPointEnv("rgb_array", num_tasks=2, horizon=12, random_goals=False, terminate_on_success=True)
+
+    env = VecTaskAssignment(DummyVecEnv([make, make]))
+    shown = list(sb3_mtrl.record.play_cells(Expert(), env, every=2))
+    assert [step for _, _, step in shown] == [0, 2, 4, 6, 8, 10, 12]
+    # The goal is 1 away, give or take 0.15 of start and 0.15 of tolerance, in steps of 0.2 along the axis: 4 to 6 steps
+    solved_at = shown[-1][1][0]
+    assert 4 <= solved_at <= 6 and shown[-1][1][1] is None
+    assert all((solved[0] is not None) == (step >= solved_at) for _, solved, step in shown)
+    reds = np.array([[frame[0, 0, 0] // 10 for frame in frames] for frames, _, _ in shown])
+    np.testing.assert_array_equal(reds[:, 1], [0, 2, 4, 6, 8, 10, 10])
+    assert reds[-1, 0] == reds[:, 0].max() < solved_at
+
+
+def test_grid() -> None:
+    frames = [np.full((40, 40, 3), value, dtype=np.uint8) for value in (50, 100, 150)]
+    grid = sb3_mtrl.record.draw_grid(frames, ["one", "two", "three"], [True, False, False], cell_size=40, n_columns=2)
+    title = 16
+    assert grid.shape == (2 * (40 + title), 80, 3) and grid.dtype == np.uint8
+    assert [grid[y, x, 0] for y, x in ((30, 20), (30, 60), (90, 20), (90, 60))] == [50, 100, 150, 0]
+    assert [tuple(grid[1, x]) for x in (38, 78)] == [sb3_mtrl.record.TITLE_COLOURS[solved] for solved in (True, False)]
+    assert grid[:title, :40].max() > 200  # letters
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_record_writes_a_video(suffix: str, logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    imageio = pytest.importorskip("imageio.v2")
+    path = tmp_path / f"grid{suffix}"
+    with mock.patch.object(gym.spec(ENV_ID), "entry_point", PaintedPointEnv):
+        command(sb3_mtrl.record, "cmtasac", logs, "-o", str(path), "--cell-size", "48", "--every", "5")
+    assert f"Written: {path}" in capsys.readouterr().out
+    frames = [np.asarray(frame)[..., :3] for frame in imageio.get_reader(path)]
+    assert len(frames) == 5  # steps 0, 5, 10, 15, 20
+    assert frames[0].shape == (2 * (48 + 16), 2 * 48, 3)
+    # The tasks' green, up to compression
+    assert [round(int(frames[1][y, x, 1]) / 100) for y, x in ((40, 24), (40, 72), (104, 24))] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["-f", "nowhere"], "-f/--folder must be a folder"),
+        (["-o", "grid.avi"], "argument --output: must end with .mp4 or .gif, got grid.avi"),
+        (["--cell-size", "41"], "argument --cell-size: must be an even number of at least 16, got 41"),
+        (["--every", "0"], "argument --every: must be above 0, got 0"),
+    ],
+)
+def test_record_refuses(arguments: list[str], message: str, logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command(sb3_mtrl.record, "mtsac", logs, *arguments)
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -21,9 +21,18 @@ def append_result(path: Path, row: dict[str, Any]) -> None:
     :param path: The results file, made if it is not there
     :param row: A row for its end
     """
+    append_results(path, [row])
+
+
+def append_results(path: Path, rows: list[dict[str, Any]]) -> None:
+    """
+    :param path: The results file, made if it is not there
+    :param rows: Rows for its end, at least one, with the same columns
+    """
     is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         if is_new:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)

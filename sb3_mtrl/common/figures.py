@@ -82,6 +82,8 @@ def plot_task_curves(histories: Sequence[RunHistory], metric: str = "success", n
     for axes, name in zip(panels, task_names, strict=False):
         axes.set_title(name, fontsize="medium")
         _finish_curve_axes(axes, metric)
+        if metric == "success":  # on one scale
+            axes.label_outer()
     for axes in panels[len(task_names) :]:
         axes.set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -148,14 +150,15 @@ def plot_compositional_vectors(w: np.ndarray, task_names: Sequence[str]) -> "Fig
     plane, matrix = figure.subplots(1, 2)
     points, shares = project_to_plane(w)
     plane.scatter(*points.T, c=np.arange(len(points)), cmap="tab20")
+    middle = (points[:, 0].min() + points[:, 0].max()) / 2
     for point, name in zip(points, task_names, strict=True):
-        plane.annotate(f" {name}", point, fontsize="small")
+        # Towards the middle, where there is room
+        plane.annotate(f" {name} ", point, fontsize="small", va="center", ha="right" if point[0] > middle else "left")
     plane.set(
         title="compositional vectors: principal components",
         xlabel=f"first ({shares[0]:.0%} of the variance)",
         ylabel=f"second ({shares[1]:.0%})",
     )
-    plane.margins(x=0.25)
     limit = float(np.abs(w).max())
     image = matrix.imshow(w, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     matrix.set(title="W", xlabel="parameter set", xticks=range(w.shape[1]))

@@ -292,6 +292,8 @@ def read_progress(folder: str | Path, prefixes: Sequence[str]) -> tuple[np.ndarr
     for path in paths:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
+                if not row.get("time/total_timesteps"):
+                    continue  # a line that is being written
                 # A column that is new gives earlier rows no value
                 values = {name: float(value) for name, value in row.items() if value and name.startswith(tuple(prefixes))}
                 rows.setdefault(int(float(row["time/total_timesteps"])), {}).update(values)

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,27 @@ class TrainedRun:
         custom_objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
         return ALGOS[self.algo].load(self.model_path, custom_objects=custom_objects, device=device)
 
-    def make_env(self, n_envs: int | None = None, vec_env: str = "dummy", seed: int = 0, **env_kwargs: Any) -> VecEnv:
+    def make_env(
+        self,
+        env_kwargs: Mapping[str, Any] | None = None,
+        n_envs: int | None = None,
+        vec_env: str = "dummy",
+        seed: int = 0,
+    ) -> VecEnv:
         """
         The environment of the training: its arguments, its wrappers, and its normalisation, which does not change any more.
 
+        :param env_kwargs: Arguments of the environment, over those of the training
         :param n_envs: Number of sub-environments, at least 1; None: one per task
         :param vec_env: "dummy" or "subproc"
         :param seed: Seed of the first reset
-        :param env_kwargs: Arguments of the environment, over those of the training
         :return: The vector environment; tasks are shared out to the sub-environments
         """
         from rl_zoo3.utils import create_test_env, get_saved_hyperparams
 
         from sb3_mtrl.zoo.report import VecTaskReport
 
-        kwargs = {**self.env_kwargs, **env_kwargs}
+        kwargs = {**self.env_kwargs, **(env_kwargs or {})}
         env = gym.spec(self.env_id).make(**kwargs)
         num_tasks, shares_tasks = int(getattr(env.unwrapped, "num_tasks", 1)), hasattr(env.unwrapped, "set_tasks")
         env.close()
@@ -101,7 +107,7 @@ class TrainedRun:
         # Its table, printed on closing, is for enjoy
         return venv.venv if isinstance(venv, VecTaskReport) else venv
 
-    def goal_list_kwargs(self, env_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def goal_list_kwargs(self, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """
         Arguments that make a Meta-World environment visit each task's list of goals in turn and count success at any step.
 
