@@ -1,0 +1,451 @@
+"""
+Train a grid of methods and seeds, as far as it is not done yet; see ``presets.yml`` for the grids.
+
+    python -m benchmarks.learning.run --preset cpu_suite --jobs 2       # start, or go on
+    python -m benchmarks.learning.run --preset mt10 --emit              # a command for each run, for any scheduler
+    python -m benchmarks.learning.run --preset mt10 --collect           # results of runs that finished elsewhere
+    python -m sb3_mtrl.plot --results benchmarks/learning/cpu_suite.csv
+
+Each run is a process of its own, which writes where ``rl_zoo3.train -f`` would (``<folder>/<preset>``, the number of the
+experiment is the seed), so that ``sb3_mtrl.evaluate``, ``.plot`` and ``.record`` find it. One line per running process tells
+where it is. Ctrl-C (or SIGTERM) lets each run write a checkpoint and end; a run that is killed loses what came after its last
+checkpoint. A run that goes on has its networks, optimisers, replay buffer and evaluations back. It lacks the transition and
+the update of the checkpoint's own step, and begins new episodes with other random numbers: it is not the run that it would
+have been without the stop.
+
+When a run is finished, its policy is evaluated on all goals, and three tables get its rows: ``<preset>.csv`` (the curves:
+method, env, seed, step, task, success, return), ``<preset>_final.csv`` (the same columns, all goals) and
+``<preset>_runs.csv`` (seconds, and how many updates were dropped and vectors reset). What is in them is not trained again.
+"""
+
+import argparse
+import fcntl
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+import yaml
+from rl_zoo3.utils import EnvironmentName
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+
+from benchmarks.learning.results import append_result, append_results, read_results
+from sb3_mtrl.common.results import RunHistory, read_evaluations, read_progress
+from sb3_mtrl.evaluate import evaluate_run
+from sb3_mtrl.zoo import register
+from sb3_mtrl.zoo.algorithms import ALGORITHMS
+from sb3_mtrl.zoo.runs import find_run, import_packages
+from sb3_mtrl.zoo.utils import hyperparams_path
+
+HERE = Path(__file__).parent
+COUNTS = ("train/dropped_updates", "train/w_resets")
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """
+    One training of a grid.
+
+    :param preset: Name of the preset
+    :param method: Name of the method
+    :param seed: Seed
+    :param settings: The preset's entry
+    :param folder: Folder of all trainings
+    """
+
+    preset: str
+    method: str
+    seed: int
+    settings: dict[str, Any]
+    folder: Path
+
+    @property
+    def algo(self) -> str:
+        """Name of the algorithm in RL Zoo."""
+        return self.settings["methods"][self.method].get("algo", self.method)
+
+    @property
+    def env(self) -> str:
+        """Id of the environment."""
+        return self.settings["env"]
+
+    @property
+    def log_folder(self) -> Path:
+        """What ``-f`` is for RL Zoo; a method that is a variant of an algorithm has one of its own."""
+        folder = self.folder / self.preset
+        return folder if self.method == self.algo else folder / self.method
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of the experiment."""
+        return self.log_folder / self.algo / f"{EnvironmentName(self.env)}_{self.seed}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the training has come to its end."""
+        return (self.run_folder / "finished.json").is_file()
+
+    @property
+    def hyperparams(self) -> dict[str, Any]:
+        """What is laid over the entry of the environment in the algorithm's hyperparameter file."""
+        base = {}
+        if "base" in self.settings:
+            base = dict(yaml.safe_load(hyperparams_path(self.algo).read_text())[self.settings["base"]])
+            base.pop("n_timesteps")
+        return {**base, **self.settings.get("hyperparams", {}), **self.settings["methods"][self.method].get("hyperparams", {})}
+
+    def history(self) -> RunHistory:
+        """The evaluations so far."""
+        return read_evaluations(self.run_folder / "evaluations.npz", self.method, self.env, self.seed)
+
+
+class ResumeCheckpointCallback(BaseCallback):
+    """
+    Keep one checkpoint that a training can go on from, and stop on request after writing it.
+
+    :param folder: Folder of the run
+    :param freq: Environment steps between checkpoints
+    :param seconds_before: Seconds that earlier sittings took
+    """
+
+    def __init__(self, folder: Path, freq: int, seconds_before: float):
+        super().__init__()
+        self.folder = folder
+        self.freq = freq
+        self.seconds_before = seconds_before
+        self.stop_requested = False
+        self.was_stopped = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training in all sittings."""
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def _init_callback(self) -> None:
+        self.start = time.perf_counter()
+        self.next_step = self.model.num_timesteps + self.freq
+        self.handlers = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _on_training_end(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _request_stop(self, number: int, frame: Any) -> None:
+        self.stop_requested = True
+
+    def _on_step(self) -> bool:
+        if self.stop_requested or self.num_timesteps >= self.next_step:
+            save_checkpoint(self.model, self.folder, self.seconds)
+            self.next_step = self.num_timesteps + self.freq
+        self.was_stopped = self.stop_requested
+        return not self.was_stopped
+
+
+def save_checkpoint(model: BaseAlgorithm, folder: Path, seconds: float) -> None:
+    """
+    Replace the checkpoint. A crash while it is written leaves the old one.
+
+    :param model: The model
+    :param folder: Folder of the run
+    :param seconds: Seconds that the training took so far
+    """
+    new, current, old = (folder / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    model.save(new / "model.zip")
+    model.save_replay_buffer(new / "replay_buffer.pkl")  # type: ignore[attr-defined]
+    (new / "state.json").write_text(json.dumps({"num_timesteps": model.num_timesteps, "seconds": seconds}))
+    if current.exists():
+        current.rename(old)
+    new.rename(current)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """
+    :param folder: Folder of a run
+    :return: Folder of its checkpoint, the old one if a crash came between the two moves; None if there is none
+    """
+    return next((path for path in (folder / "checkpoint", folder / "checkpoint.old") if path.is_dir()), None)
+
+
+def load_presets(path: Path) -> dict[str, dict[str, Any]]:
+    """
+    :param path: YAML file, see ``presets.yml``
+    :return: The presets
+    """
+    return yaml.safe_load(path.read_text())
+
+
+def train(cell: Cell, device: str = "auto") -> bool:
+    """
+    Train a run from its beginning or its checkpoint, and evaluate it when it is finished.
+
+    :param cell: The run
+    :param device: PyTorch device
+    :return: Whether it is finished
+    """
+    register()
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    settings, checkpoint = cell.settings, find_checkpoint(cell.run_folder)
+    state = {"num_timesteps": 0, "seconds": 0.0} if checkpoint is None else json.loads((checkpoint / "state.json").read_text())
+    env_kwargs = settings.get("env_kwargs", {})
+    probe = gym.spec(cell.env).make(**env_kwargs)
+    num_tasks = int(getattr(probe.unwrapped, "num_tasks", 1))
+    probe.close()
+    manager = ExperimentManager(
+        argparse.Namespace(algo=cell.algo, env=cell.env, seed=cell.seed, env_kwargs=env_kwargs, preset=cell.preset),
+        cell.algo,
+        cell.env,
+        str(cell.log_folder),
+        n_timesteps=settings["steps"],
+        eval_freq=settings["eval_freq"],
+        n_eval_episodes=settings["eval_episodes"] * num_tasks,
+        n_eval_envs=num_tasks,
+        hyperparams=cell.hyperparams,
+        env_kwargs=dict(env_kwargs),
+        eval_env_kwargs=settings.get("eval_env_kwargs"),
+        trained_agent="" if checkpoint is None else str(checkpoint / "model.zip"),
+        # Else the same numbers would be drawn again
+        seed=cell.seed + state["num_timesteps"],
+        log_interval=-2,
+        verbose=0,
+        device=device,
+    )
+    manager.save_path = str(cell.run_folder)
+    manager.params_path = str(cell.run_folder / EnvironmentName(cell.env))
+    model, _ = manager.setup_experiment()
+    if manager.normalize:
+        raise ValueError(f"{cell.method}: normalize is not supported here, checkpoints do not hold its statistics")
+    checkpoints = ResumeCheckpointCallback(cell.run_folder, settings["checkpoint_freq"], state["seconds"])
+    for callback in manager.callbacks:
+        # Evaluations are at the same steps in all runs
+        callback.n_calls = state["num_timesteps"] // manager.n_envs
+    # The checkpoint is the last callback: it is to hold the evaluation of its step
+    model.learn(
+        settings["steps"] - state["num_timesteps"],
+        callback=[*manager.callbacks, checkpoints],
+        log_interval=None,
+        reset_num_timesteps=checkpoint is None,
+    )
+    model.dump_logs()
+    model.env.close()
+    manager.eval_callback.eval_env.close()
+    if checkpoints.was_stopped:
+        return False
+    model.save(cell.run_folder / f"{EnvironmentName(cell.env)}.zip")
+    run = find_run(cell.log_folder, cell.algo, cell.env, cell.seed)
+    result = evaluate_run(run, protocol=settings.get("protocol"), device=device)
+    finished = {"steps": model.num_timesteps, "seconds": round(checkpoints.seconds), "final": result.to_dict()}
+    (cell.run_folder / "finished.json").write_text(json.dumps(finished, indent=2) + "\n")
+    shutil.rmtree(cell.run_folder / "checkpoint", ignore_errors=True)
+    return True
+
+
+def collect(cells: Sequence[Cell], results: Path) -> int:
+    """
+    Append the rows of finished runs that the tables do not hold.
+
+    :param cells: The grid
+    :param results: Folder of the tables
+    :return: Number of runs that were added
+    """
+    n_added = 0
+    for cell in cells:
+        if not cell.is_finished or is_collected(cell, results):
+            continue
+        finished = json.loads((cell.run_folder / "finished.json").read_text())
+        key, steps = {"method": cell.method, "env": cell.env, "seed": cell.seed}, finished["steps"]
+        final = [
+            {**key, "step": steps, "task": task, "success": row["success_rate"], "return": round(row["mean_reward"], 3)}
+            for task, row in finished["final"]["tasks"].items()
+        ]
+        _, columns = read_progress(cell.run_folder, COUNTS)
+        # Rows of evaluations hold none
+        counts = {name.rpartition("/")[2]: int(np.nanmax(columns[name])) if name in columns else "" for name in COUNTS}
+        append_results(results / f"{cell.preset}.csv", cell.history().rows())
+        append_results(results / f"{cell.preset}_final.csv", final)
+        # The last of the three: it says that the run is in the tables
+        row = {**key, "steps": steps, "seconds": finished["seconds"], **counts}
+        append_result(results / f"{cell.preset}_runs.csv", row)
+        n_added += 1
+    return n_added
+
+
+def is_collected(cell: Cell, results: Path) -> bool:
+    """
+    :param cell: A run
+    :param results: Folder of the tables
+    :return: Whether its rows are in the tables
+    """
+    key = (cell.method, cell.env, str(cell.seed))
+    return any((row["method"], row["env"], row["seed"]) == key for row in read_results(results / f"{cell.preset}_runs.csv"))
+
+
+def status_line(cell: Cell, state: str) -> str:
+    """
+    :param cell: A run
+    :param state: What its process does
+    :return: Where it is
+    """
+    try:
+        steps, columns = read_progress(cell.run_folder, ("time/fps", "eval/success_rate"))
+        step = int(steps[-1])
+    except (FileNotFoundError, IndexError, ValueError):  # nothing logged yet, or the file is just being written
+        return f"{cell.method} seed {cell.seed}: {state}"
+    success = columns.get("eval/success_rate")
+    known = [] if success is None else success[success == success]
+    last = f", success rate {known[-1]:.0%}" if len(known) else ""
+    total = cell.settings["steps"]
+    return f"{cell.method} seed {cell.seed}: {state}, {step} of {total} steps ({step / total:.0%}){last}"
+
+
+def run_command(cell: Cell, args: argparse.Namespace) -> list[str]:
+    """
+    :param cell: A run
+    :param args: The command line
+    :return: The command that trains it
+    """
+    options = ["--preset", cell.preset, "--presets", args.presets, "--folder", args.folder, "--device", args.device]
+    options += ["--num-threads", args.num_threads, "--run", cell.method, cell.seed]
+    return [sys.executable, "-m", "benchmarks.learning.run", *map(str, options)]
+
+
+def start_process(cell: Cell, args: argparse.Namespace) -> subprocess.Popen[bytes]:
+    """
+    :param cell: A run
+    :param args: The command line
+    :return: The process that trains it; what it prints is added to ``output.log`` in the folder of the run
+    """
+    cell.run_folder.mkdir(parents=True, exist_ok=True)
+    with (cell.run_folder / "output.log").open("ab") as log:
+        # In a session of its own: Ctrl-C reaches it once, through this process
+        return subprocess.Popen(run_command(cell, args), stdout=log, stderr=log, start_new_session=True)
+
+
+def train_all(cells: Sequence[Cell], args: argparse.Namespace) -> None:
+    """
+    Train runs in several processes, and report where they are. Stopped with Ctrl-C or SIGTERM, it stops them and waits.
+
+    :param cells: Runs to train
+    :param args: The command line
+    """
+    waiting = list(cells)
+    running: dict[Cell, subprocess.Popen[bytes]] = {}
+    next_status = time.monotonic()
+    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                cell = waiting.pop(0)
+                running[cell] = start_process(cell, args)
+                print(status_line(cell, "started"), flush=True)
+            for cell in [cell for cell, process in running.items() if process.poll() is not None]:
+                code = running.pop(cell).returncode
+                failed = f"failed with exit status {code}, see {cell.run_folder / 'output.log'}"
+                print(status_line(cell, "finished" if cell.is_finished else failed), flush=True)
+                collect([cell], args.results)
+            if time.monotonic() >= next_status:
+                next_status = time.monotonic() + args.status_seconds
+                for cell in running:
+                    print(status_line(cell, "running"), flush=True)
+            time.sleep(min(1.0, args.status_seconds))
+    except KeyboardInterrupt:
+        print(f"Stopping {len(running)} runs: each writes a checkpoint", flush=True)
+        for process in running.values():
+            process.terminate()
+        for cell, process in running.items():
+            process.wait()
+            print(status_line(cell, "stopped"), flush=True)
+        collect(list(running), args.results)
+
+
+def _raise_keyboard_interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    :param arguments: Command line, ``sys.argv`` if None
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", required=True, help="name of a grid")
+    parser.add_argument("--presets", type=Path, default=HERE / "presets.yml", help="file of the grids")
+    parser.add_argument("--methods", nargs="+", help="default: all of the grid")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: all of the grid")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("logs"), help="of the trainings (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=HERE, help="folder of the tables (default: beside this file)")
+    parser.add_argument("--device", default="auto", help="PyTorch device (default: %(default)s)")
+    parser.add_argument("--num-threads", type=int, default=1, help="threads of PyTorch in each process (default: %(default)s)")
+    parser.add_argument("--status-seconds", type=float, default=30.0, help="between two reports (default: %(default)s)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--emit", action="store_true", help="print the command of each run that is not finished, start none")
+    what.add_argument("--collect", action="store_true", help="write the results of finished runs into the tables, start none")
+    what.add_argument("--run", nargs=2, metavar=("METHOD", "SEED"), help="train this run in this process")
+    args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"argument --jobs: must be at least 1, got {args.jobs}")
+    if not args.presets.is_file():
+        parser.error(f"argument --presets: there is no file {args.presets}")
+    presets = load_presets(args.presets)
+    if args.preset not in presets:
+        parser.error(f"argument --preset: must be one of {', '.join(presets)}, got {args.preset}")
+    settings = presets[args.preset]
+    import_packages(settings.get("gym_packages", []))
+    cells = _cells(parser, args, settings)
+
+    if args.run:
+        th.set_num_threads(args.num_threads)
+        (cell,) = cells
+        cell.run_folder.mkdir(parents=True, exist_ok=True)
+        with (cell.run_folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                sys.exit(f"another process trains {cell.run_folder}")
+            train(cell, args.device)
+        return
+    n_added = collect(cells, args.results)
+    todo = [cell for cell in cells if not cell.is_finished and not is_collected(cell, args.results)]
+    counts = f"{len(cells) - len(todo)} finished ({n_added} added to the tables), {len(todo)} to do"
+    print(f"{len(cells)} runs: {counts}", file=sys.stderr)
+    if args.emit:
+        for cell in todo:
+            print(shlex.join(run_command(cell, args)))
+    elif not args.collect:
+        train_all(todo, args)
+
+
+def _cells(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: dict[str, Any]) -> list[Cell]:
+    """The runs that the command line names, seed by seed: a grid that is stopped early has compared all methods."""
+    methods, seeds = args.methods or list(settings["methods"]), args.seeds or settings["seeds"]
+    if args.run:
+        methods, seeds = args.run[:1], [int(args.run[1])]
+    unknown = [name for name in methods if name not in settings["methods"]]
+    if unknown:
+        parser.error(f"methods must be some of {', '.join(settings['methods'])}, got {', '.join(unknown)}")
+    if min(seeds) < 1:
+        parser.error(f"seeds must be at least 1 (they are the numbers of the experiments), got {min(seeds)}")
+    cells = [Cell(args.preset, method, seed, settings, args.folder) for seed in seeds for method in methods]
+    missing = sorted({cell.algo for cell in cells} - set(ALGORITHMS))
+    if missing:
+        known = ", ".join(ALGORITHMS)
+        parser.error(f"there is no algorithm {', '.join(missing)} (there are {known}): leave it out with --methods")
+    return cells
+
+
+if __name__ == "__main__":
+    main()

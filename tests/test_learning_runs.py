@@ -1,0 +1,186 @@
+"""The grid runner of ``benchmarks/learning``: commands, stop and resume, tables."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks.learning import run
+from benchmarks.learning.results import read_results
+from sb3_mtrl import PaCoSAC
+from sb3_mtrl.zoo.algorithms import ALGORITHMS
+from sb3_mtrl.zoo.utils import hyperparams_path
+
+PRESET = {
+    "env": "PointTasks-v0",
+    "env_kwargs": {"num_tasks": 2, "horizon": 10},
+    "gym_packages": ["tests.tiny_zoo_envs"],
+    "steps": 240,
+    "hyperparams": {
+        "n_envs": 2, "learning_starts": 40, "buffer_size": 400, "batch_size": 16, "policy_kwargs": "dict(net_arch=[8])"
+    },
+    "methods": {"mtsac": {}, "paco_without_reset": {"algo": "pacosac", "hyperparams": {"w_reset": False, "n_param_sets": 2}}},
+    "seeds": [1, 2],
+    "eval_freq": 80,
+    "eval_episodes": 2,
+    "checkpoint_freq": 60,
+}  # fmt: skip
+
+
+@pytest.fixture
+def presets(tmp_path: Path) -> Path:
+    path = tmp_path / "presets.yml"
+    path.write_text(yaml.safe_dump({"tiny": PRESET}))
+    return path
+
+
+def arguments(presets: Path, *more: str) -> list[str]:
+    folders = ["--folder", str(presets.parent / "logs"), "--results", str(presets.parent / "results")]
+    return ["--preset", "tiny", "--presets", str(presets), *folders, *more]
+
+
+def cell(presets: Path, method: str, seed: int = 1) -> run.Cell:
+    return run.Cell("tiny", method, seed, PRESET, presets.parent / "logs")
+
+
+def test_run_resumes_and_is_collected_once(presets: Path) -> None:
+    paco = cell(presets, "paco_without_reset")
+    main = arguments(presets, "--run", "paco_without_reset", "1")
+
+    class StopAt(run.ResumeCheckpointCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 130:
+                signal.raise_signal(signal.SIGTERM)
+            return super()._on_step()
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "ResumeCheckpointCallback", StopAt)
+        run.main(main)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert not paco.is_finished and paco.history().timesteps.tolist() == [80]
+    checkpoint = run.find_checkpoint(paco.run_folder)
+    assert json.loads((checkpoint / "state.json").read_text())["num_timesteps"] == 130
+    model = PaCoSAC.load(checkpoint / "model.zip")
+    model.load_replay_buffer(checkpoint / "replay_buffer.pkl")
+    # 65 vector steps, of which those up to 40 time steps warm up; SB3 asks its callbacks before it stores and learns the step
+    assert model.replay_buffer.size() == 2 * 64 and model._n_updates == 65 - 20 - 1
+
+    run.main(main)
+    assert paco.is_finished and run.find_checkpoint(paco.run_folder) is None
+    # At the same steps as without the stop, and all but one of the updates
+    assert paco.history().timesteps.tolist() == [80, 160, 240]
+    assert {path.name for path in paco.run_folder.glob("progress*")} == {"progress.csv", "progress_130.csv"}
+    final = PaCoSAC.load(paco.run_folder / "PointTasks-v0.zip")
+    assert final.num_timesteps == 240 and final._n_updates == 120 - 20 - 1
+
+    results = presets.parent / "results"
+    for _ in range(2):
+        run.main(arguments(presets, "--collect"))
+    rows = read_results(results / "tiny.csv")
+    assert [(row["step"], row["task"]) for row in rows] == [
+        (str(step), task) for step in (80, 160, 240) for task in ("point-0", "point-1")
+    ]
+    assert {(row["method"], row["env"], row["seed"]) for row in rows} == {("paco_without_reset", "PointTasks-v0", "1")}
+    with np.load(paco.run_folder / "evaluations.npz") as file:
+        expected = file["task_mean_rewards"].ravel()
+    np.testing.assert_allclose([float(row["return"]) for row in rows], expected, atol=1e-3)
+    assert len(read_results(results / "tiny_final.csv")) == 2
+    (summary,) = read_results(results / "tiny_runs.csv")
+    assert summary["steps"] == "240" and summary["dropped_updates"] == "0" and int(summary["seconds"]) >= 0
+
+
+def test_a_crash_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    class Model:
+        num_timesteps = 5
+
+        def save(self, path: Path) -> None:
+            path.write_text("model")
+
+        def save_replay_buffer(self, path: Path) -> None:
+            path.write_text("buffer")
+
+    class Crashing(Model):
+        def save_replay_buffer(self, path: Path) -> None:
+            raise OSError("disk full")
+
+    assert run.find_checkpoint(tmp_path) is None
+    with pytest.raises(OSError, match="disk full"):
+        run.save_checkpoint(Crashing(), tmp_path, 1.0)
+    assert run.find_checkpoint(tmp_path) is None
+    for _ in range(2):
+        run.save_checkpoint(Model(), tmp_path, 1.0)
+    with pytest.raises(OSError, match="disk full"):
+        run.save_checkpoint(Crashing(), tmp_path, 2.0)
+    assert json.loads((run.find_checkpoint(tmp_path) / "state.json").read_text()) == {"num_timesteps": 5, "seconds": 1.0}
+    # Between the two moves
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+    assert run.find_checkpoint(tmp_path) == tmp_path / "checkpoint.old"
+    run.save_checkpoint(Model(), tmp_path, 3.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_emitted_commands(presets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished = cell(presets, "mtsac", 2)
+    finished.run_folder.mkdir(parents=True)
+    run.main(arguments(presets, "--emit", "--methods", "mtsac"))
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [command[-2:] for command in commands] == [["mtsac", "1"], ["mtsac", "2"]]
+    assert all(command[1:3] == ["-m", "benchmarks.learning.run"] for command in commands)
+    assert not any((presets.parent / "results").glob("*"))
+
+
+@pytest.mark.expensive
+def test_processes_stop_on_request_and_go_on(presets: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.learning.run", *arguments(presets, "--seeds", "1", "--status-seconds", "0.2")]
+    process = subprocess.Popen([*command, "--jobs", "2"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    cells = [cell(presets, method) for method in PRESET["methods"]]
+    deadline = time.monotonic() + 240
+    while not all((item.run_folder / "evaluations.npz").exists() for item in cells) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0
+    assert "mtsac seed 1: started" in output
+    stopped = [item for item in cells if not item.is_finished]
+    assert all(run.find_checkpoint(item.run_folder) is not None for item in stopped)
+    again = subprocess.run([*command, "--jobs", "2"], check=True, capture_output=True, text=True, timeout=480).stdout
+    assert all(item.is_finished for item in cells)
+    assert all(f"{item.method} seed 1: finished, 240 of 240 steps (100%)" in again for item in stopped)
+    assert {row["method"] for row in read_results(presets.parent / "results" / "tiny_runs.csv")} == set(PRESET["methods"])
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--methods", "ppo"], "methods must be some of mtsac, paco_without_reset, got ppo"),
+        (["--seeds", "0"], "seeds must be at least 1"),
+        (["--jobs", "0"], "argument --jobs: must be at least 1, got 0"),
+        (["--presets", "nowhere.yml"], "argument --presets: there is no file nowhere.yml"),
+        (["--preset", "huge"], "argument --preset: must be one of tiny, got huge"),
+    ],
+)
+def test_refusals(more: list[str], message: str, presets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run.main(arguments(presets, *more))
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_presets_name_what_exists() -> None:
+    presets = run.load_presets(run.HERE / "presets.yml")
+    assert set(presets) == {"cpu_suite", "stability", "mt10", "mt50"}
+    for name, settings in presets.items():
+        for method in settings["methods"]:
+            item = run.Cell(name, method, 1, settings, Path("logs"))
+            if item.algo in ALGORITHMS:  # the grids name algorithms that are still to come
+                assert settings.get("base", item.env) in yaml.safe_load(hyperparams_path(item.algo).read_text())
+                assert "n_timesteps" not in item.hyperparams
+        assert settings["eval_env_kwargs"] == {"goals": "cycle"} and settings["protocol"] == "standard"
