@@ -432,6 +432,13 @@ def test_lambda_is_frozen_until_learning_starts_and_does_not_see_the_warm_up():
     assert np.all(model.multipliers.numpy() > 1)
 
 
+def test_lambda_rises_also_where_updates_wait_for_the_next_step():
+    models = [make_tsac(learning_starts=30, sparse_budget=0.5, overlap=overlap).learn(60) for overlap in (False, True)]
+    # No success in either: ten steps of lambda on gaps of -0.5 each
+    assert models[1].multipliers.tolist() == pytest.approx(models[0].multipliers.tolist())
+    assert models[1].multipliers.min() > 1
+
+
 def test_one_step_of_lambda_per_rollout():
     model = make_ready()
     model._fresh_rewards[1] = 1
@@ -522,13 +529,13 @@ def test_normalised_rewards_leave_the_sparse_reward_and_lambda_alone():
     model = make_tsac(env=env, learning_starts=30)
     seen = []
     update = model._update_lambda
-    model._update_lambda = lambda dropped: (seen.append(model._rollout_rewards.clone()), update(dropped))[1]
+    model._update_lambda = lambda dropped: (seen.append(model._fresh_rewards.copy()), update(dropped))[1]
     model.learn(150)
     batch = model.replay_buffer.sample(240, env=model.get_vec_normalize_env())
     raw = model.replay_buffer.sample(240)
     assert set(batch.extras[SPARSE_REWARD].unique().tolist()) == {0.0, 10.0}
     assert abs(batch.rewards.std() / raw.rewards.std() - 1) > 0.1  # the dense ones are normalised
-    assert set(th.stack(seen)[:, 0].unique().tolist()) == {0.0, 1.0}
+    assert set(np.stack(seen)[:, 0].ravel().tolist()) == {0.0, 1.0}
 
 
 def test_missing_success_counts_as_zero_and_is_warned_about_once():

@@ -145,6 +145,8 @@ class TSACSAC(MTSAC):
         entropy_in_target: bool = True,
         edit_target_entropy: str | float = "auto",
         cpu_tuning: bool = True,
+        amp: str = "none",
+        overlap: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -204,6 +206,8 @@ class TSACSAC(MTSAC):
             max_ent_coef=max_ent_coef,
             max_grad_norm=max_grad_norm,
             cpu_tuning=cpu_tuning,
+            amp=amp,
+            overlap=overlap,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
@@ -382,17 +386,6 @@ class TSACSAC(MTSAC):
         """lambda of each task, ``(T,)``, constant."""
         return F.softplus(self.raw_lambda.detach()).expand(self.num_tasks)
 
-    def train(self, gradient_steps: int, batch_size: int | None = None) -> None:  # type: ignore[override]
-        """
-        Sample the replay buffer and do the updates; the first of them also updates lambda.
-
-        :param gradient_steps: Number of updates
-        :param batch_size: Transitions per update over all tasks; None: the one given at construction
-        """
-        self._rollout_rewards.copy_(th.from_numpy(self._fresh_rewards))
-        self._fresh_rewards[:] = 0
-        super().train(gradient_steps, batch_size)
-
     def _sequential_update(self, replay_data: ReplaySamples, spoilt: th.Tensor | None) -> th.Tensor | None:
         """
         One update: lambda, temperatures, critics, shared policy (phi), action-correction policy (psi).
@@ -498,6 +491,8 @@ class TSACSAC(MTSAC):
         A task without fresh steps, or that was dropped, adds nothing; without any no step is made, so that of several
         updates after one rollout only the first one counts.
         """
+        self._rollout_rewards.copy_(th.from_numpy(self._fresh_rewards))
+        self._fresh_rewards[:] = 0
         sums, counts = self._rollout_rewards
         is_fresh = counts > 0
         if dropped is not None:
@@ -509,7 +504,6 @@ class TSACSAC(MTSAC):
         if self.lambda_max is not None:
             with th.no_grad():
                 self.raw_lambda.clamp_(max=inverse_softplus(self.lambda_max))
-        self._rollout_rewards.zero_()
 
     def _reward_weights(self, replay_data: ReplaySamples) -> tuple[th.Tensor, th.Tensor]:
         """Weights of distance and sparse value in each row, ``(B, 1)``, constant."""
