@@ -52,8 +52,9 @@ class OppositeTasksEnv(gym.Env[np.ndarray, np.ndarray]):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         distance = abs(float(action[0]) - SIGNS[self.task_id] * self._x)
         self._steps += 1
-        self._n_successes += distance <= TOLERANCE
-        info = {"task_id": self.task_id, "is_success": self._n_successes == self._steps}
+        success = distance <= TOLERANCE
+        self._n_successes += success
+        info = {"task_id": self.task_id, "success": float(success), "is_success": self._n_successes == self._steps}
         return self._observe(), -(distance**2), False, self._steps >= HORIZON, info
 
     def _observe(self) -> np.ndarray:
