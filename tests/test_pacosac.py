@@ -94,7 +94,7 @@ def test_rollout_path_equals_the_fixtures(fixture_policy):
     fixture_policy.set_training_mode(False)
     with th.no_grad():
         mean, _, _ = fixture_policy.actor.get_action_dist_params(obs)
-    assert fixture_policy.actor._composed_from != ()  # it did take the cached path
+    assert fixture_policy.actor.composition_cache.composed_from != ()  # it did take the cached path
     th.testing.assert_close(mean, tensor([row["mean"] for row in FIXTURES["rows"]]), rtol=0, atol=3e-6)
 
 
@@ -436,7 +436,7 @@ def test_the_gate_is_open_after_an_update():
     model = make_model(PaCoSAC, collect=60)
     explode(model, 0)
     model.train(1)
-    assert model.policy.gradient_gate.dropped_groups is None
+    assert model.policy.gradient_gate.dropped_tasks is None
 
 
 def test_moments_that_are_not_finite_are_forgotten_at_a_reset():

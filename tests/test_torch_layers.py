@@ -93,7 +93,7 @@ def test_gate_keeps_a_dropped_group_s_nan_from_the_shared_sets():
     keep = th.tensor([True, False]).view(1, 2, 1, 1)
 
     def gradients(inputs: th.Tensor, dropped: th.Tensor | None) -> list[th.Tensor]:
-        gate.dropped_groups = dropped
+        gate.dropped_tasks = dropped
         output = mlp.forward_composed(inputs, mlp.compose(w, gate=gate))
         return th.autograd.grad(th.where(keep, output, 0.0).sum(), [w, *mlp.parameters()])
 

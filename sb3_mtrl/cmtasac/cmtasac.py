@@ -332,7 +332,7 @@ class CMTASAC(MTSAC):
         encoding = self.critic.encode(obs, z, keep_experts=self._is_contrastive)
         td_errors = self.critic.latent_q_values(encoding.latent, replay_data.actions) - target_q_values
         task_losses = TaskLosses(self._task_means(self._critic_losses(td_errors), replay_data), None, None)
-        dropped = self._dropped_tasks(task_losses, replay_data, spoilt)
+        dropped = self._dropped_tasks(task_losses, spoilt)
         critic_loss = self._critic_loss(td_errors, dropped, replay_data)
         contrastive_losses, similarities = self._contrastive_losses(encoding.expert_outputs, next_encoding.expert_outputs)
         if contrastive_losses is not None:
@@ -392,8 +392,10 @@ class CMTASAC(MTSAC):
         with th.autocast(self.device.type, enabled=False):  # cosines are compared after a division by the temperature
             return info_nce_losses(outputs.float(), next_outputs.float(), self.contrastive_temperature)
 
-    def _auxiliary_losses(self, obs: PyTorchObs, next_obs: PyTorchObs) -> th.Tensor | None:
-        if not self._is_contrastive:
+    def _auxiliary_losses(
+        self, side: str, obs: PyTorchObs, next_obs: PyTorchObs, replay_data: ReplaySamples
+    ) -> th.Tensor | None:
+        if side == "actor" or not self._is_contrastive:
             return None
         with th.no_grad():
             next_outputs = self.critic_target.expert_outputs(next_obs)

@@ -227,9 +227,21 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         :raises ValueError: if ``batch_size`` is no multiple of ``num_tasks``, or the buffer is empty
         """
         rows_per_task = self.rows_per_task(batch_size)
-        sizes = self.sizes()
-        group_tasks = self._group_tasks(sizes)
-        rows_in_ring = np.random.randint(0, sizes[group_tasks][:, None], size=(self.num_tasks, rows_per_task))
+        return self.sample_groups(self._group_tasks(self.sizes()), rows_per_task, env)
+
+    def sample_groups(
+        self, group_tasks: np.ndarray, rows_per_group: int, env: VecNormalize | None = None
+    ) -> MultiTaskReplayBufferSamples:
+        """
+        Draw groups of given tasks, uniformly over each task's ring.
+
+        :param group_tasks: Task of each group ``(G,)``, none without transitions
+        :param rows_per_group: Rows of each group
+        :param env: VecNormalize to normalise observations and rewards with
+        :return: The batch
+        """
+        sizes = self.sizes()[group_tasks][:, None]
+        rows_in_ring = np.random.randint(0, sizes, size=(len(group_tasks), rows_per_group))
         return self._get_samples(rows_in_ring + group_tasks[:, None] * self.capacity_per_task, env)
 
     @staticmethod

@@ -616,8 +616,9 @@ class WResetCallback(BaseCallback):
 
     Paper: PaCo, https://arxiv.org/abs/2210.11653, equation 3: ``w_t = sum_j beta_j w_j`` over the tasks j that did not
     explode, beta on the simplex. It happens after the optimiser step, so with the updated vectors; without another task to
-    mix from nothing is reset. The mixtures are drawn from a generator of its own: a run without explosions is the same with
-    and without this callback.
+    mix from nothing is reset. Where target critics have a W of their own, its vector is reset, too, and a
+    ``TaskPrioritizedReplayBuffer`` takes the task's priorities back to the initial value. The mixtures are drawn from a
+    generator of its own: a run without explosions is the same with and without this callback.
 
     :param simplex: "dirichlet": beta uniform on the simplex, as the paper says; "l1_uniform": uniform numbers divided by their
         sum, as the authors' code does (closer to the centre)
@@ -674,12 +675,19 @@ class WResetCallback(BaseCallback):
         mixtures = mix_compositional_vectors(w, normal, draws, self.simplex)
         reset = (dropped & normal.any()).unsqueeze(1)
         w.copy_(th.where(reset, mixtures, w))
+        target_w = getattr(self.model.policy, "target_compositional_vectors", None)
+        if target_w is not None:
+            target_w.copy_(th.where(reset, mixtures, target_w))
         self.resets.add_(reset.squeeze(1))
         for name, moment in self.model.policy.w_optimizer.state[w].items():
             if name.startswith("exp_avg"):
                 # A moment that is not finite would spoil the new vector at the next step
                 forget = reset if self.reset_moments else reset & ~moment.isfinite()
                 moment.copy_(th.where(forget, 0.0, moment))
+        replay_buffer = self.model.replay_buffer
+        if isinstance(replay_buffer, TaskPrioritizedReplayBuffer):
+            for task in reset.squeeze(1).nonzero().flatten().tolist():
+                replay_buffer.reset_task_priorities(task)
 
     def log_to(self, logger: Logger, task_names: tuple[str, ...]) -> None:
         """

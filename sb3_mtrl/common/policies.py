@@ -46,6 +46,42 @@ def fold_task_into_bias(layers: Layers, task_id: int, one_hot: slice) -> Layers:
     return [(weight, bias), *rest]
 
 
+def merge_late_branch(layers: Layers, branch: Layers, n_layers: int) -> Layers:
+    """
+    One plain network of two branches that see the same input and meet before layer ``n_layers`` of the first.
+
+    Side by side, hidden layers of both are one wider layer without weights across; the linear output of the second branch is
+    part of the layer that it enters.
+
+    :param layers: The first branch and what follows the meeting, first to last; the layer at ``n_layers`` takes the branch's
+        output after its own. They may have leading axes (critics).
+    :param branch: The second branch ``(in, out)``; its input is the first part of the first one's
+    :param n_layers: Number of layers before the meeting
+    :return: The layers of the same function, with the same activation after each hidden layer
+    :raises ValueError: if the branches do not have the same number of hidden layers, or none
+    """
+    *branch_hidden, (out_weight, out_bias) = branch
+    if len(branch_hidden) != n_layers or n_layers == 0:
+        raise ValueError(
+            f"unique_arch must have as many hidden layers as there are shared ones ({n_layers}, at least 1) to export, "
+            f"got {len(branch_hidden)}"
+        )
+    merged: Layers = []
+    for index, ((weight, bias), (branch_weight, branch_bias)) in enumerate(zip(layers, branch_hidden, strict=False)):
+        leading = weight.shape[:-2]
+        n_in, n_out, n_branch = weight.shape[-2], weight.shape[-1], branch_weight.shape[-1]
+        shared_rows = 0 if index == 0 else n_in  # the input is one for both branches
+        rows = n_in if index == 0 else n_in + len(branch_weight)
+        wide = weight.new_zeros(*leading, rows, n_out + n_branch)
+        wide[..., :n_in, :n_out] = weight
+        wide[..., shared_rows : shared_rows + len(branch_weight), n_out:] = branch_weight
+        merged.append((wide, th.cat([bias, branch_bias.expand(*leading, -1)], dim=-1)))
+    weight, bias = layers[n_layers]
+    own, entering = weight.split([weight.shape[-2] - len(out_bias), len(out_bias)], dim=-2)
+    merged.append((th.cat([own, out_weight @ entering], dim=-2), bias + out_bias @ entering))
+    return [*merged, *layers[n_layers + 1 :]]
+
+
 def single_task_policy(policy: SACPolicy, num_tasks: int, task_id: int) -> SACPolicy:
     """
     The policy of one task as SB3's own ``SACPolicy``, which knows nothing of tasks.
@@ -66,16 +102,6 @@ def single_task_policy(policy: SACPolicy, num_tasks: int, task_id: int) -> SACPo
     observation_space = policy.observation_space
     if num_tasks > 1:
         observation_space = base_observation_space(observation_space, num_tasks)
-    actor_kwargs: dict[str, Any] = policy.actor_kwargs
-    critic_kwargs: dict[str, Any] = policy.critic_kwargs
-    exported = SACPolicy(
-        observation_space,
-        policy.action_space,  # type: ignore[arg-type]
-        ConstantSchedule(0.0),
-        net_arch={"pi": actor_kwargs["net_arch"], "qf": critic_kwargs["net_arch"]},
-        activation_fn=policy.activation_fn,
-        n_critics=critic_kwargs["n_critics"],
-    ).to(policy.device)
     obs_dim = spaces.utils.flatdim(observation_space)
     one_hot = slice(obs_dim, obs_dim + num_tasks)
 
@@ -83,14 +109,26 @@ def single_task_policy(policy: SACPolicy, num_tasks: int, task_id: int) -> SACPo
         layers = network.single_task_layers(task_id)
         return fold_task_into_bias(layers, task_id, one_hot) if num_tasks > 1 and network.observe_task else layers
 
-    *trunk, (head_weight, head_bias) = layers_of(policy.actor)
+    def widths_of(layers: Layers) -> list[int]:
+        return [weight.shape[-1] for weight, _ in layers[:-1]]
+
+    actor_layers, critic_layers = layers_of(policy.actor), layers_of(policy.critic)
+    critic_kwargs: dict[str, Any] = policy.critic_kwargs
+    exported = SACPolicy(
+        observation_space,
+        policy.action_space,  # type: ignore[arg-type]
+        ConstantSchedule(0.0),
+        net_arch={"pi": widths_of(actor_layers), "qf": widths_of(critic_layers)},
+        activation_fn=policy.activation_fn,
+        n_critics=critic_kwargs["n_critics"],
+    ).to(policy.device)
+    *trunk, (head_weight, head_bias) = actor_layers
     mean_weight, log_std_weight = head_weight.chunk(2, dim=-1)
     mean_bias, log_std_bias = head_bias.chunk(2, dim=-1)
     _fill(exported.actor.latent_pi, trunk)
     _fill(exported.actor.mu, [(mean_weight, mean_bias)])
     _fill(exported.actor.log_std, [(log_std_weight, log_std_bias)])  # type: ignore[arg-type]
-    for critic, target in ((policy.critic, exported.critic), (policy.critic_target, exported.critic_target)):
-        layers = layers_of(critic)
+    for layers, target in ((critic_layers, exported.critic), (layers_of(policy.critic_target), exported.critic_target)):
         for index, q_network in enumerate(target.q_networks):
             _fill(q_network, [(weight[index], bias[index]) for weight, bias in layers])
     exported.set_training_mode(False)

@@ -116,28 +116,31 @@ class TaskHeads(nn.Module):
 
 class GradientGate:
     """
-    Stops the gradients of dropped groups where they enter the composed parameters.
+    Stops the gradients of dropped tasks where they enter the composed parameters.
 
     Zeroing the loss of an exploding task is not enough when its activations are infinite or NaN: the chain rule multiplies
-    them by zero, which is NaN, and the shared parameter sets would receive it. Composed parameters belong to one group each,
-    so there the gradient of a dropped group can be replaced by zero before it reaches anything shared.
+    them by zero, which is NaN, and the shared parameter sets would receive it. Composed parameters belong to one task each,
+    so there the gradient of a dropped task can be replaced by zero before it reaches anything shared.
     """
 
     def __init__(self) -> None:
-        self.dropped_groups: th.Tensor | None = None  # (G,) bool, None: nothing is dropped
+        self.dropped_tasks: th.Tensor | None = None  # (T,) bool, None: nothing is dropped
 
-    def attach(self, composed: th.Tensor) -> None:
+    def attach(self, composed: th.Tensor, tasks: th.Tensor | None = None) -> None:
         """
-        :param composed: Composed parameter, groups on its second axis: ``(N, G, ...)``
+        :param composed: Composed parameter (or another tensor made of parts that belong to one task each), the parts on its
+            second axis: ``(N, G, ...)``
+        :param tasks: Task of each part ``(G,)``; None: part t is task t's
         """
+
+        def stop(grad: th.Tensor) -> th.Tensor | None:
+            if self.dropped_tasks is None:
+                return None
+            dropped = self.dropped_tasks if tasks is None else self.dropped_tasks[tasks]
+            return th.where(dropped.view(1, -1, *[1] * (grad.dim() - 2)), 0.0, grad)
+
         if composed.requires_grad:
-            composed.register_hook(self._gate)
-
-    def _gate(self, grad: th.Tensor) -> th.Tensor | None:
-        if self.dropped_groups is None:
-            return None
-        dropped = self.dropped_groups.view(1, -1, *[1] * (grad.dim() - 2))
-        return th.where(dropped, 0.0, grad)
+            composed.register_hook(stop)
 
 
 class CompositionalLinear(nn.Module):
@@ -239,19 +242,20 @@ class CompositionalMLP(nn.Module):
         return self.activation(x) if index < len(self.layers) - 1 or self.activate_output else x
 
     def compose(
-        self, w: th.Tensor, frozen: bool = False, gate: GradientGate | None = None
+        self, w: th.Tensor, frozen: bool = False, gate: GradientGate | None = None, tasks: th.Tensor | None = None
     ) -> list[tuple[th.Tensor, th.Tensor]]:
         """
         :param w: Compositional vectors ``(G, K)``
         :param frozen: Hold parameters and vectors constant
-        :param gate: Stops the gradients of dropped groups
+        :param gate: Stops the gradients of dropped tasks
+        :param tasks: Task of each vector ``(G,)``, for the gate; None: vector t is task t's
         :return: Weight ``(N, G, in, out)`` and bias ``(N, G, 1, out)`` of each layer
         """
         composed = [layer.compose(w, frozen) for layer in self.layers]  # type: ignore[operator]
         if gate is not None:
             for weight, bias in composed:
-                gate.attach(weight)
-                gate.attach(bias)
+                gate.attach(weight, tasks)
+                gate.attach(bias, tasks)
         return composed
 
     def forward_composed(self, x: th.Tensor, composed: list[tuple[th.Tensor, th.Tensor]]) -> th.Tensor:

@@ -484,7 +484,7 @@ class MTSAC(SAC):
             self._prioritized_buffer.anneal_beta(self._current_progress_remaining)
 
         for gradient_step in range(gradient_steps):
-            replay_data = self.replay_buffer.sample(batch_size or self.batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            replay_data = self._sample_batch(batch_size or self.batch_size)  # type: ignore[arg-type]
             # We need to sample because `log_std` may have changed between two gradient steps
             if self.use_sde:
                 self.actor.reset_noise()
@@ -492,7 +492,7 @@ class MTSAC(SAC):
             with self._update_context():
                 dropped = update(replay_data, spoilt)
             if self.policy.gradient_gate is not None:
-                self.policy.gradient_gate.dropped_groups = None
+                self.policy.gradient_gate.dropped_tasks = None
             if gradient_step % self.target_update_interval == 0:
                 self._update_target_networks()
             if self.max_ent_coef is not None:
@@ -506,6 +506,9 @@ class MTSAC(SAC):
 
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _sample_batch(self, batch_size: int) -> ReplaySamples:
+        return self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
 
     @contextmanager
     def _update_context(self) -> Iterator[None]:
@@ -531,24 +534,29 @@ class MTSAC(SAC):
             optimizer.zero_grad()
 
         # Action by the current actor for the sampled state
-        actions_pi, log_prob = self.actor.action_log_prob(obs)
+        actor_obs = self._actor_observations(obs, replay_data)
+        actions_pi, log_prob = self.actor.action_log_prob(actor_obs)
         log_prob = log_prob.reshape(-1, 1)
         ent_coef = self._ent_coef_per_row(replay_data)
         td_errors = self._td_errors(replay_data, obs, next_obs, ent_coef)  # (n_critics, B, 1)
         task_losses = TaskLosses(self._task_means(self._critic_losses(td_errors), replay_data), None, None)
-        dropped = self._dropped_tasks(task_losses, replay_data, spoilt)
+        dropped = self._dropped_tasks(task_losses, spoilt)
 
         # `ent_coef` was read above, so this step does not change the losses below
         ent_coef_losses = self._ent_coef_losses(log_prob, replay_data, dropped)
         if ent_coef_losses is not None and self.ent_coef_optimizer is not None:
             self._optimize(self.ent_coef_optimizer, ent_coef_losses.mean(), dropped)
 
-        self._optimize(self.critic.optimizer, self._critic_loss(td_errors, dropped, replay_data), dropped)
+        critic_loss = self._critic_loss(td_errors, dropped, replay_data)
+        critic_loss = critic_loss + self._auxiliary_loss("critic", obs, next_obs, replay_data, dropped)
+        self._optimize(self.critic.optimizer, critic_loss, dropped)
 
         # Min over all critic networks, which are held constant here
-        min_qf_pi = self.critic.q_values(obs, actions_pi, frozen=True).min(dim=0).values
+        min_qf_pi = self.critic.q_values(actor_obs, actions_pi, frozen=True).min(dim=0).values
         actor_losses = ent_coef * log_prob - min_qf_pi
-        self._optimize(self.actor.optimizer, self._keep(actor_losses, dropped, replay_data).mean(), dropped)
+        actor_loss = self._keep(actor_losses, dropped, replay_data).mean()
+        actor_loss = actor_loss + self._auxiliary_loss("actor", obs, next_obs, replay_data, dropped)
+        self._optimize(self.actor.optimizer, actor_loss, dropped)
 
         for optimizer in self._shared_optimizers():
             step_unless(optimizer, None if dropped is None else dropped.all())
@@ -569,14 +577,15 @@ class MTSAC(SAC):
         for optimizer in optimizers:
             optimizer.zero_grad()
 
-        actions_pi, log_prob = self.actor.action_log_prob(obs)
+        actor_obs = self._actor_observations(obs, replay_data)
+        actions_pi, log_prob = self.actor.action_log_prob(actor_obs)
         log_prob = log_prob.reshape(-1, 1)
         ent_coef = self._ent_coef_per_row(replay_data)
         td_errors = self._td_errors(replay_data, obs, next_obs, ent_coef)  # (n_critics, B, 1)
 
         # The actor's gradient through the critics is g = d min_i Q_i(s, a) / d a, with the critics held constant
         frozen_actions = actions_pi.detach().requires_grad_()
-        min_qf_pi = self.critic.q_values(obs, frozen_actions, frozen=True).min(dim=0).values
+        min_qf_pi = self.critic.q_values(actor_obs, frozen_actions, frozen=True).min(dim=0).values
         (action_grad,) = th.autograd.grad(min_qf_pi.sum(), frozen_actions)  # (B, n_actions)
         entropy_term = ent_coef * log_prob
         ent_coef_losses = self._ent_coef_losses(log_prob, replay_data, None)
@@ -588,14 +597,13 @@ class MTSAC(SAC):
             actor=self._task_means(actor_values, replay_data),
             ent_coef=None if ent_coef_losses is None else self._task_means(ent_coef_losses, replay_data),
         )
-        dropped = self._dropped_tasks(task_losses, replay_data, spoilt)
+        dropped = self._dropped_tasks(task_losses, spoilt)
 
         policy_improvement = (self._keep(action_grad, dropped, replay_data) * actions_pi).sum(dim=1, keepdim=True)
         actor_losses = self._keep(entropy_term - policy_improvement, dropped, replay_data)
         loss = self._critic_loss(td_errors, dropped, replay_data) + actor_losses.mean()
-        auxiliary_losses = self._auxiliary_losses(obs, next_obs)
-        if auxiliary_losses is not None:
-            loss = loss + self._keep(auxiliary_losses, dropped, replay_data).mean()
+        for side in ("critic", "actor"):
+            loss = loss + self._auxiliary_loss(side, obs, next_obs, replay_data, dropped)
         if ent_coef_losses is not None:
             loss = loss + self._ent_coef_losses(log_prob, replay_data, dropped).mean()  # type: ignore[union-attr]
         loss.backward()
@@ -614,6 +622,10 @@ class MTSAC(SAC):
             n_groups = len(replay_data.group_tasks)
             return obs.view(n_groups, -1, obs.shape[1]), next_obs.view(n_groups, -1, obs.shape[1])
         return replay_data.observations, replay_data.next_observations
+
+    def _actor_observations(self, obs: PyTorchObs, replay_data: ReplaySamples) -> PyTorchObs:
+        """Observations that actor and entropy coefficients learn from, in the same groups as those of the critics."""
+        return obs
 
     def _td_errors(self, replay_data: ReplaySamples, obs: PyTorchObs, next_obs: PyTorchObs, ent_coef: th.Tensor) -> th.Tensor:
         """Errors of all critics against the target, ``(n_critics, B, 1)``."""
@@ -654,8 +666,25 @@ class MTSAC(SAC):
             sizes = th.where(self._rows(dropped, replay_data), th.nan, sizes)
         buffer.update_priorities(replay_data.indices, sizes)
 
-    def _auxiliary_losses(self, obs: PyTorchObs, next_obs: PyTorchObs) -> th.Tensor | None:
-        """A further loss of each row for the critics' optimiser, ``(B, 1)``; read by the joint update only."""
+    def _auxiliary_loss(
+        self,
+        side: str,
+        obs: PyTorchObs,
+        next_obs: PyTorchObs,
+        replay_data: ReplaySamples,
+        dropped: th.Tensor | None,
+    ) -> th.Tensor | float:
+        """Mean of ``_auxiliary_losses`` without dropped tasks; 0 if there are none."""
+        losses = self._auxiliary_losses(side, obs, next_obs, replay_data)
+        return 0.0 if losses is None else self._keep(losses, dropped, replay_data).mean()
+
+    def _auxiliary_losses(
+        self, side: str, obs: PyTorchObs, next_obs: PyTorchObs, replay_data: ReplaySamples
+    ) -> th.Tensor | None:
+        """
+        A further loss of each row for the optimiser of the "critic" or the "actor", ``(B, 1)``. It is asked for once the
+        networks of that side have seen their observations and before they change.
+        """
         return None
 
     def _ent_coef_per_row(self, replay_data: ReplaySamples) -> th.Tensor:
@@ -738,9 +767,7 @@ class MTSAC(SAC):
         spoilt = th.zeros(self.num_tasks, device=self.device)
         return spoilt.index_add_(0, replay_data.group_tasks, spoilt_groups.float()) > 0
 
-    def _dropped_tasks(
-        self, task_losses: TaskLosses, replay_data: ReplaySamples, spoilt: th.Tensor | None
-    ) -> th.Tensor | None:
+    def _dropped_tasks(self, task_losses: TaskLosses, spoilt: th.Tensor | None) -> th.Tensor | None:
         """Ask the guards which tasks must not contribute, ``(T,)`` bool; None without guards."""
         if spoilt is None:
             return None
@@ -750,8 +777,7 @@ class MTSAC(SAC):
         if self.policy.gradient_gate is not None:
             # Looking at the mask is free on the CPU and would stall a GPU
             nothing_dropped = self.device.type == "cpu" and not dropped.any()
-            groups = replay_data.group_tasks if isinstance(replay_data, MultiTaskReplayBufferSamples) else slice(None)
-            self.policy.gradient_gate.dropped_groups = None if nothing_dropped else dropped[groups]
+            self.policy.gradient_gate.dropped_tasks = None if nothing_dropped else dropped
         return dropped
 
     def _optimize(self, optimizer: th.optim.Optimizer, loss: th.Tensor, dropped: th.Tensor | None) -> None:

@@ -1,4 +1,3 @@
-import math
 from typing import Any
 
 import torch as th
@@ -8,100 +7,20 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_mtrl.common.policies import Layers
-from sb3_mtrl.common.torch_layers import (
-    W_ACTIVATIONS,
-    CompositionalLinear,
-    CompositionalMLP,
-    GradientGate,
-    activate_compositional_vectors,
-    init_compositional_vectors,
+from sb3_mtrl.common.compositional import (
+    GSDE_ARGUMENTS,
+    CompositionCache,
+    TaskVectors,
+    init_actor_head_,
+    init_critic_hidden_,
+    init_critic_output_,
 )
+from sb3_mtrl.common.policies import Layers
+from sb3_mtrl.common.torch_layers import W_ACTIVATIONS, CompositionalLinear, CompositionalMLP, init_compositional_vectors
 from sb3_mtrl.common.utils import check_choice
 from sb3_mtrl.mtsac.policies import MTSACActor, MTSACCritic, MTSACPolicy, split_tasks_and_groups
 
-# Arguments of SB3's actor that PaCo's does not have
-GSDE_ARGUMENTS = ("use_sde", "log_std_init", "use_expln", "clip_mean")
 STRUCTURES = ("ac_shared", "actor_only", "output_only")
-
-
-class TaskVectors:
-    """
-    The compositional vectors of all tasks, W, as the networks see them.
-
-    Actor, critics and target critics hold one and the same object and none of them registers W among its parameters: it has
-    its own optimiser, and the soft update of the target critics must not touch it.
-
-    :param w: W, shape ``(T, K)``, owned by the policy
-    :param activation: See ``activate_compositional_vectors``
-    """
-
-    def __init__(self, w: nn.Parameter, activation: str):
-        self.w = w
-        self.activation = activation
-        self.gate = GradientGate()
-
-    def __call__(self) -> th.Tensor:
-        """
-        :return: What the layers use, ``(T, K)``
-        """
-        return activate_compositional_vectors(self.w, self.activation)
-
-    def forward(
-        self,
-        network: CompositionalMLP,
-        x: th.Tensor,
-        one_hot: th.Tensor | None,
-        n_groups: int | None,
-        frozen: bool = False,
-    ) -> th.Tensor:
-        """
-        Evaluate a compositional network.
-
-        :param network: The network
-        :param x: Input ``(B, in)``
-        :param one_hot: Task of each row ``(B, T)``; None with one task
-        :param n_groups: Number G of groups of B / G successive rows that share their task; None: rows of any task in any order
-        :param frozen: Hold the network and W constant
-        :return: Output ``(N, B, out)`` or ``(N, G, B / G, out)``
-        """
-        w = self()
-        if one_hot is not None and n_groups is None:
-            if frozen:
-                raise ValueError("frozen needs rows in groups that share their task")
-            return network.forward_mixed(x, one_hot @ w)
-        if one_hot is None:
-            n_groups = 1
-        else:
-            w = one_hot.view(n_groups, -1, len(w))[:, 0] @ w  # type: ignore[arg-type]  # (G, K)
-        composed = network.compose(w, frozen, self.gate)
-        return network.forward_composed(x.view(n_groups, -1, x.shape[1]), composed)  # type: ignore[arg-type]
-
-
-def init_actor_head_(weight: th.Tensor) -> None:
-    """
-    Truncated normal draw of standard deviation ``0.3 / sqrt(fan_in)``, cut at two standard deviations of the uncut normal.
-
-    :param weight: ``(out, in)``, changed in place
-    """
-    # 0.8796 is the standard deviation of a standard normal cut at +-2
-    std = 0.3 / math.sqrt(weight.shape[1]) / 0.87962566103423978
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-
-
-def init_critic_hidden_(weight: th.Tensor) -> None:
-    """
-    :param weight: ``(out, in)``, drawn from ``U(-1, 1) / sqrt(fan_in)`` in place
-    """
-    bound = 1 / math.sqrt(weight.shape[1])
-    nn.init.uniform_(weight, -bound, bound)
-
-
-def init_critic_output_(weight: th.Tensor) -> None:
-    """
-    :param weight: ``(out, in)``, drawn from ``U(-0.003, 0.003)`` in place
-    """
-    nn.init.uniform_(weight, -0.003, 0.003)
 
 
 class PaCoActor(MTSACActor):
@@ -159,9 +78,7 @@ class PaCoActor(MTSACActor):
         # Mean and log standard deviation side by side: one product
         head = CompositionalLinear(dims[-1], 2 * get_action_dim(action_space), n_param_sets, init=init_actor_head_)
         self.compositional = CompositionalMLP([*hidden, head], activation_fn)
-        # Composed parameters of all tasks, and the parameters (identity and version) that they were composed from
-        self._composed: list[tuple[th.Tensor, th.Tensor]] = []
-        self._composed_from: tuple[tuple[int, int], ...] = ()
+        self.composition_cache = CompositionCache()
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -186,7 +103,7 @@ class PaCoActor(MTSACActor):
         latent = self.latent_pi(self.extract_features(obs, self.features_extractor))  # (B, in)
         # A rollout has rows of any task and does not train: there the composed parameters are kept
         if n_groups is None and not self.training and not th.is_grad_enabled():
-            output = self._forward_cached(latent, one_hot)
+            output = self.composition_cache.forward(self.compositional, self.task_vectors, latent, one_hot)
         else:
             output = self.task_vectors.forward(self.compositional, latent, one_hot, n_groups)
         mean_actions, log_std = output.reshape(len(latent), -1).chunk(2, dim=1)
@@ -199,28 +116,8 @@ class PaCoActor(MTSACActor):
         :return: This network
         """
         if mode:
-            self._composed_from = ()
+            self.composition_cache.forget()
         return super().train(mode)
-
-    def _forward_cached(self, latent: th.Tensor, one_hot: th.Tensor | None) -> th.Tensor:
-        parameters = [*self.compositional.parameters(), self.task_vectors.w]
-        composed_from = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
-        if composed_from != self._composed_from:
-            self._composed = self.compositional.compose(self.task_vectors())
-            self._composed_from = composed_from
-        if one_hot is None:
-            return self.compositional.forward_composed(latent.unsqueeze(0), self._composed)
-        task_ids = one_hot.argmax(dim=1)
-        # One row per task in order, as in a rollout with one sub-environment per task: one product for all
-        if th.equal(task_ids, th.arange(self.num_tasks, device=task_ids.device)):
-            return self.compositional.forward_composed(latent.unsqueeze(1), self._composed)
-        # Else one per task, on views: gathering would copy a whole network for each row
-        output = latent.new_empty(len(latent), self._composed[-1][1].shape[-1])
-        for task_id in task_ids.unique().tolist():
-            rows = task_ids == task_id
-            of_task = [(weight[:, task_id : task_id + 1], bias[:, task_id : task_id + 1]) for weight, bias in self._composed]
-            output[rows] = self.compositional.forward_composed(latent[rows].unsqueeze(0), of_task)[0, 0]
-        return output
 
     def single_task_layers(self, task_id: int) -> Layers:
         """
