@@ -7,7 +7,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mtrl import MTSAC, TSACSAC, PaCoSAC
+from sb3_mtrl import MTSAC, STARSSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.callbacks import LossMaskoutCallback, WResetCallback
 from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize
 from tests.models import NUM_TASKS, DropTasks, make_env, make_model, parameters_of
@@ -241,7 +241,7 @@ def test_unassigned_tasks_are_warned_about():
         make_model(env=DummyVecEnv([lambda: PointTasksEnv(3) for _ in range(2)]))
 
 
-@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC])
+@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, STARSSAC])
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -278,7 +278,7 @@ def test_a_wrong_one_hot_length_is_refused():
         MTSAC("MlpPolicy", "Pendulum-v1", num_tasks=3)
 
 
-@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, TSACSAC])
+@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, STARSSAC, TSACSAC])
 def test_an_env_without_continuous_actions_is_refused(algorithm):
     with pytest.raises(AssertionError, match="Discrete"):
         algorithm("MlpPolicy", "CartPole-v1")
@@ -317,7 +317,7 @@ def test_a_task_that_is_always_left_out_is_warned_about():
         model.learn(120, log_interval=None).dump_logs()
 
 
-@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, TSACSAC])
+@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, STARSSAC, TSACSAC])
 def test_another_number_of_tasks_is_refused(algorithm):
     model = make_model(algorithm)
     with pytest.raises(ValueError, match="num_tasks=3, the environment has num_tasks=2"):

@@ -9,14 +9,14 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.sac.policies import SACPolicy
 
-from sb3_mtrl import MTSAC, TSACSAC, PaCoSAC
+from sb3_mtrl import MTSAC, STARSSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.policies import export_onnx
 from sb3_mtrl.common.vec_env import VecTaskNormalize
 from tests.models import NUM_TASKS, make_env, make_model, parameters_of
 from tests.tiny_envs import PointTasksEnv
 
-ALGORITHMS = [MTSAC, PaCoSAC, TSACSAC]
+ALGORITHMS = [MTSAC, PaCoSAC, STARSSAC, TSACSAC]
 EXPORTABLE = [
     (MTSAC, {}),
     (MTSAC, dict(n_heads="per_task")),
@@ -25,6 +25,9 @@ EXPORTABLE = [
     (PaCoSAC, dict(structure="actor_only")),
     (PaCoSAC, dict(structure="output_only")),
     (PaCoSAC, dict(policy_kwargs=dict(w_activation="softmax"))),
+    (STARSSAC, {}),
+    (STARSSAC, dict(unique_dim=0, replay_buffer_class=MultiTaskReplayBuffer)),
+    (STARSSAC, dict(n_param_sets=1, compositional_head=False, optimizer_order="joint", actor_batch="uniform_in_task")),
 ]
 VARIANTS = [*EXPORTABLE, (TSACSAC, {}), (TSACSAC, dict(n_heads="per_task")), (TSACSAC, dict(base="paco"))]
 
@@ -102,7 +105,13 @@ def test_loading_for_other_tasks_is_refused(algorithm, tmp_path):
 
 @pytest.mark.parametrize(
     ("algorithm", "env_tasks", "kwargs"),
-    [(MTSAC, 2, {}), (PaCoSAC, 2, {}), (PaCoSAC, 3, dict(n_param_sets=2)), (TSACSAC, 2, {})],
+    [
+        (MTSAC, 2, {}),
+        (PaCoSAC, 2, {}),
+        (PaCoSAC, 3, dict(n_param_sets=2)),
+        (STARSSAC, 3, dict(unique_dim=8)),
+        (TSACSAC, 2, {}),
+    ],
 )
 def test_parameters_of_other_shapes_are_refused_and_nothing_changes(algorithm, env_tasks, kwargs):
     parameters = make_model(algorithm).get_parameters()
