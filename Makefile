@@ -64,6 +64,7 @@ test-sb3: $(STAMP)
 	$(BIN)/python -m tests.sb3_suite --algo CMTASAC -q -n $(JOBS) $(TEST_ARGS)
 	$(BIN)/python -m tests.sb3_suite --algo tests.sb3_suite.variants:MemorylessCMTASAC -q -n $(JOBS) $(TEST_ARGS)
 	$(BIN)/python -m tests.sb3_suite --algo TSACSAC -q -n $(JOBS) $(TEST_ARGS)
+	$(BIN)/python -m tests.sb3_suite --algo STARSSAC -q -n $(JOBS) $(TEST_ARGS)
 
 test-zoo: export OMP_NUM_THREADS = 1
 test-zoo: $(STAMP)
@@ -71,6 +72,7 @@ test-zoo: $(STAMP)
 	$(BIN)/python -m tests.zoo_suite --algo pacosac -q -n $(JOBS) $(TEST_ARGS)
 	$(BIN)/python -m tests.zoo_suite --algo cmtasac -q -n $(JOBS) $(TEST_ARGS)
 	$(BIN)/python -m tests.zoo_suite --algo tsacsac -q -n $(JOBS) $(TEST_ARGS)
+	$(BIN)/python -m tests.zoo_suite --algo starssac -q -n $(JOBS) $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,12 +6,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from sb3_mtrl.cmtasac import CMTASAC
 from sb3_mtrl.mtsac import MTSAC
 from sb3_mtrl.pacosac import PaCoSAC
+from sb3_mtrl.starssac import STARSSAC
 from sb3_mtrl.tsacsac import TSACSAC
 from sb3_mtrl.zoo.hyperparams_opt import (
     convert_multi_task_params,
     sample_cmtasac_params,
     sample_mtsac_params,
     sample_pacosac_params,
+    sample_starssac_params,
     sample_tsacsac_params,
 )
 
@@ -35,5 +37,6 @@ ALGORITHMS: dict[str, ZooAlgorithm] = {
     "cmtasac": ZooAlgorithm(CMTASAC, sample_cmtasac_params, convert_multi_task_params),
     "mtsac": ZooAlgorithm(MTSAC, sample_mtsac_params, convert_multi_task_params),
     "pacosac": ZooAlgorithm(PaCoSAC, sample_pacosac_params, convert_multi_task_params),
+    "starssac": ZooAlgorithm(STARSSAC, sample_starssac_params, convert_multi_task_params),
     "tsacsac": ZooAlgorithm(TSACSAC, sample_tsacsac_params, convert_multi_task_params),
 }

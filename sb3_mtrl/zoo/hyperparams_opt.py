@@ -52,12 +52,7 @@ def sample_pacosac_params(
     :param additional_args: More about the run; ``num_tasks`` (optional) bounds the number of parameter sets
     :return: Hyperparameters of PaCoSAC
     """
-    params = _sample_common_params(trial, n_actions)
-    # 5 of 10 tasks and 20 of 50 tasks are what was published
-    max_param_sets = 10 if additional_args.get("num_tasks", 10) <= 10 else 20
-    params["n_param_sets"] = trial.suggest_int("n_param_sets", 2, max_param_sets)
-    params["w_init"] = trial.suggest_categorical("w_init", ["normal", "onehot", "simplex", "uniform"])
-    params["w_learning_rate"] = trial.suggest_float("w_learning_rate", 1e-5, 2e-3, log=True)
+    params = {**_sample_common_params(trial, n_actions), **_sample_compositional_params(trial, additional_args)}
     # Around the published 3000, in units of a squared reward sum (Meta-World pays at most 10 per step)
     params["maskout_threshold"] = trial.suggest_float("maskout_threshold", 100.0, 30_000.0, log=True)
     return convert_multi_task_params(params)
@@ -107,6 +102,40 @@ def sample_tsacsac_params(
     # Around the default -n_actions (1 + ln 2)
     params["edit_target_entropy"] = trial.suggest_float("edit_target_entropy", -3.0 * n_actions, -0.5 * n_actions)
     return convert_multi_task_params(params)
+
+
+def sample_starssac_params(
+    trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    :param trial: The trial to draw from
+    :param n_actions: Number of action dimensions
+    :param n_envs: Number of sub-environments (not used)
+    :param additional_args: More about the run; ``num_tasks`` (optional) bounds the number of parameter sets
+    :return: Hyperparameters of STARSSAC
+    """
+    params = {**_sample_common_params(trial, n_actions), **_sample_compositional_params(trial, additional_args)}
+    # The published description names no numbers: widely around the defaults
+    params["unique_dim"] = trial.suggest_categorical("unique_dim", [16, 32, 64, 128])
+    params["triplet_coef"] = trial.suggest_float("triplet_coef", 0.01, 10.0, log=True)
+    params["triplet_margin"] = trial.suggest_float("triplet_margin", 0.1, 1.0)
+    # From 0.1 (a task that is never solved may take half of a batch) to almost equal shares
+    params["rho_min"] = trial.suggest_float("rho_min", 0.05, 0.8, log=True)
+    params["per_alpha"] = trial.suggest_float("per_alpha", 0.0, 0.8)
+    params["actor_batch"] = trial.suggest_categorical("actor_batch", ["same", "uniform_in_task"])
+    # A squared error of the reward sum, three times that of PaCo's by default
+    params["maskout_threshold"] = trial.suggest_float("maskout_threshold", 300.0, 100_000.0, log=True)
+    return convert_multi_task_params(params)
+
+
+def _sample_compositional_params(trial: "optuna.Trial", additional_args: dict[str, Any]) -> dict[str, Any]:
+    # 5 of 10 tasks and 20 of 50 tasks are what was published
+    max_param_sets = 10 if additional_args.get("num_tasks", 10) <= 10 else 20
+    return {
+        "n_param_sets": trial.suggest_int("n_param_sets", 2, max_param_sets),
+        "w_init": trial.suggest_categorical("w_init", ["normal", "onehot", "simplex", "uniform"]),
+        "w_learning_rate": trial.suggest_float("w_learning_rate", 1e-5, 2e-3, log=True),
+    }
 
 
 def _sample_common_params(trial: "optuna.Trial", n_actions: int) -> dict[str, Any]:
