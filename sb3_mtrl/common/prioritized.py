@@ -20,8 +20,9 @@ PER_STYLES = ("schaul", "alf")
 PERFORMANCE_SOURCES = ("train", "eval")
 # Priority of a transition before any of its task has been learned from
 INITIAL_PRIORITY = 1.0
-# Largest group by default. On PaCo's layers (benchmarks/speed/prioritized.json) groups of 32 take 1.5 times as long as groups
-# of 64, which follow the shares coarsely, and groups of 16 more than twice as long
+# Largest group by default. Where a network copies or composes its parameters for each group (forms "indexed" and "composed"
+# in benchmarks/speed/prioritized.json), groups of 32 take 1.5 times as long as groups of 64, which follow the shares coarsely,
+# and groups of 16 more than twice as long. PaCo's layers do so on a GPU only.
 MAX_ROWS_PER_GROUP = 32
 
 
