@@ -5,12 +5,13 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_mtrl import MTSAC
+from sb3_mtrl import CMTASAC, MTSAC, STARSSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.type_aliases import TaskLosses
 from sb3_mtrl.common.vec_env import VecTaskAssignment
 from tests.tiny_envs import PointTasksEnv
 
 NUM_TASKS = 3
+ALGORITHMS = [MTSAC, PaCoSAC, CMTASAC, TSACSAC, STARSSAC]
 
 
 def make_env(num_tasks: int = NUM_TASKS, n_envs: int | None = None, **kwargs) -> VecTaskAssignment:

@@ -3,11 +3,11 @@
 import pytest
 import torch as th
 
-from sb3_mtrl import CMTASAC, MTSAC, PaCoSAC
+from sb3_mtrl import CMTASAC, MTSAC, STARSSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.cpu_tuning import MatmulProbe
 from sb3_mtrl.common.torch_layers import StackedMLP, precise_baddbmm
 from sb3_mtrl.mtsac.policies import sample_squashed_gaussian
-from tests.models import make_env, make_model, parameters_of
+from tests.models import ALGORITHMS, make_env, make_model, parameters_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:amp='bf16' makes training slower")
 
@@ -20,6 +20,10 @@ VARIANTS = [
     (PaCoSAC, {"optimizer_order": "sequential"}),
     (CMTASAC, {}),
     (CMTASAC, {"gate_sharing": "actor", "optimizer_order": "joint"}),
+    (TSACSAC, {}),
+    (TSACSAC, {"base": "paco"}),
+    (STARSSAC, {}),
+    (STARSSAC, {"optimizer_order": "joint"}),
 ]
 
 
@@ -43,7 +47,7 @@ def test_update_is_close_to_float32(algorithm, settings, device):
     assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, CMTASAC])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_parameters_stay_float32(algorithm):
     model = make_model(algorithm, amp="bf16", learning_starts=20)
     model.learn(60)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch as th
 
-from sb3_mtrl import CMTASAC, MTSAC, PaCoSAC
+from sb3_mtrl import MTSAC
 from sb3_mtrl.common import cpu_tuning
 from sb3_mtrl.common.cpu_tuning import (
     MatmulProbe,
@@ -18,7 +18,7 @@ from sb3_mtrl.common.cpu_tuning import (
     probe_matmul,
     tuning_line,
 )
-from tests.models import make_model, parameters_of
+from tests.models import ALGORITHMS, make_model, parameters_of
 
 GOOD_PROBE = MatmulProbe(speedup=2.0, error=3e-7)
 
@@ -51,12 +51,7 @@ def precision() -> str:
 
 
 def slowly(a: th.Tensor, b: th.Tensor) -> th.Tensor:
-    time.sleep(0.02)
-    return a @ b
-
-
-def very_slowly(a: th.Tensor, b: th.Tensor) -> th.Tensor:
-    time.sleep(0.2)
+    time.sleep(0.3)  # much longer than a product takes on a busy machine
     return a @ b
 
 
@@ -65,15 +60,15 @@ def in_bfloat16(a: th.Tensor, b: th.Tensor) -> th.Tensor:
 
 
 def test_probe_takes_a_faster_exact_path():
-    probe = probe_matmul(very_slowly, th.matmul, rounds=2)
-    assert probe.is_exact and probe.is_worth_it and probe.speedup > 1.15
+    probe = probe_matmul(slowly, th.matmul, rounds=2)
+    assert probe.is_exact and probe.is_worth_it and probe.speedup > 1.5
 
 
 def test_probe_rejects_an_inexact_path():
     # bfloat16 has 8 significant bits: rounding errors of 2^-9 at most, 2^-9 / sqrt(3) on average, in both factors
-    probe = probe_matmul(very_slowly, in_bfloat16, rounds=2)
+    probe = probe_matmul(slowly, in_bfloat16, rounds=2)
     assert 5e-4 < probe.error < 4e-3
-    assert probe.speedup > 1.15 and not probe.is_worth_it
+    assert probe.speedup > 1.5 and not probe.is_worth_it
 
 
 def test_probe_rejects_a_slower_path():
@@ -128,7 +123,7 @@ def test_the_users_own_choice_stays(onednn_is_good):
 
 
 @needs_switch
-@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, CMTASAC])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_training_switches_and_restores(monkeypatch, onednn_is_good, algorithm):
     seen = []
 
@@ -155,7 +150,7 @@ def test_training_switches_and_restores(monkeypatch, onednn_is_good, algorithm):
     assert precision() == before
 
 
-@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, CMTASAC])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_update_is_the_same(onednn_is_good, algorithm):
     """Only if this CPU's oneDNN computes in float32 (no AMX), which the real probe knows."""
     onednn_probe.cache_clear()
@@ -253,7 +248,7 @@ def test_memory_settings_of_the_user_stay(setting):
 # ------------------------------------------------------------------- as a whole
 
 
-@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, CMTASAC])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_false_leaves_the_process_alone(monkeypatch, algorithm):
     def forbidden(*args, **kwargs):
         raise AssertionError("cpu_tuning=False touched the process")

@@ -10,10 +10,10 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvWrapper
 
-from sb3_mtrl import CMTASAC, MTSAC, PaCoSAC
+from sb3_mtrl import MTSAC
 from sb3_mtrl.common import cpu_tuning
 from sb3_mtrl.common.vec_env import SharedMemoryVecEnv, UpdateWhileStepping, VecTaskAssignment
-from tests.models import NUM_TASKS, make_env, make_model, parameters_of
+from tests.models import ALGORITHMS, NUM_TASKS, make_env, make_model, parameters_of
 from tests.tiny_envs import PointTasksEnv
 
 
@@ -101,7 +101,7 @@ def test_without_overlap_the_numbers_are_sb3s():
     np.testing.assert_allclose(sb3.replay_buffer.actions[:40], ours.replay_buffer.actions[:40], atol=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, CMTASAC])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_overlap_does_what_its_documentation_says(algorithm):
     """The same by hand: act, then update on what there is, then let the environment step."""
     n_steps, learning_starts = 12, 2 * NUM_TASKS

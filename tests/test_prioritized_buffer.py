@@ -9,11 +9,11 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 
-from sb3_mtrl import CMTASAC, MTSAC, PaCoSAC
+from sb3_mtrl import CMTASAC, MTSAC, STARSSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import MultiTaskEvalCallback
 from sb3_mtrl.common.prioritized import SuccessWindows, SumTree, TaskPrioritizedReplayBuffer, apportion
-from tests.models import DropTasks, make_env, make_model, parameters_of
+from tests.models import ALGORITHMS, DropTasks, make_env, make_model, parameters_of
 from tests.test_buffers import BASE_DIM, add
 
 PER = TaskPrioritizedReplayBuffer
@@ -546,10 +546,19 @@ def test_weights_act_on_the_critic_loss_alone():
     th.testing.assert_close(weighted._critic_loss(td_errors, None, batch), expected)
 
 
-@pytest.mark.parametrize("optimizer_order", ["sequential", "joint"])
-@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, CMTASAC])
-def test_priorities_become_the_errors_before_the_update(algorithm, optimizer_order):
-    model = prioritized_model(algorithm, per=dict(alpha=1.0), optimizer_order=optimizer_order)
+@pytest.mark.parametrize(
+    ["algorithm", "settings"],
+    [
+        (TSACSAC, {}),  # has one order
+        *(
+            (algorithm, dict(optimizer_order=order))
+            for algorithm in (MTSAC, PaCoSAC, CMTASAC, STARSSAC)
+            for order in ("sequential", "joint")
+        ),
+    ],
+)
+def test_priorities_become_the_errors_before_the_update(algorithm, settings):
+    model = prioritized_model(algorithm, per=dict(alpha=1.0), **settings)
     buffer = model.replay_buffer
     batch = buffer.sample(48)
     told = []
@@ -687,7 +696,7 @@ def test_evaluation_feeds_the_task_priorities_where_asked_to():
             assert np.isnan(model.replay_buffer.success_rates).all()
 
 
-@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, CMTASAC])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_resumed_run_is_the_run_without_a_break(algorithm):
     settings = dict(collect=0, learning_starts=30, buffer_size=90, per=dict(performance_window=4))
     settings["env"] = make_env(horizon=5, tolerance=0.8)
@@ -728,7 +737,7 @@ def test_a_model_loaded_without_its_buffer_starts_with_equal_shares():
     loaded.learn(60, reset_num_timesteps=False)
 
 
-@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, CMTASAC])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_one_task_of_any_environment(algorithm):
     model = algorithm(
         "MlpPolicy",

@@ -407,9 +407,7 @@ class TSACSAC(MTSAC):
         td_errors, sparse_td_errors = self._both_td_errors(replay_data, obs, next_obs, ent_coef)  # (n_critics, B, 1) each
         task_critic_losses = self._task_means(self._critic_losses(td_errors), replay_data)
         task_sparse_critic_losses = self._task_means(self._critic_losses(sparse_td_errors), replay_data)
-        dropped = self._dropped_tasks(
-            TaskLosses(task_critic_losses + task_sparse_critic_losses, None, None), replay_data, spoilt
-        )
+        dropped = self._dropped_tasks(TaskLosses(task_critic_losses + task_sparse_critic_losses, None, None), spoilt)
 
         # The graph is cut at a_hat and at a, so that one pass of each network serves both policies: what reaches a_hat, also
         # through da, is phi's, and what reaches psi is as for a constant proposal
@@ -651,7 +649,6 @@ class TSACSAC(MTSAC):
             "sparse_batch_norm_stats_target",
             "_budgets",
             "_rollout_rewards",
-            "_logged_success",
             "_warned_of_missing_success",
         ]
 
