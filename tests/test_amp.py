@@ -57,6 +57,16 @@ def test_parameters_stay_float32(algorithm):
     assert not th.is_autocast_enabled("cpu")
 
 
+@pytest.mark.parametrize("algorithm", [MTSAC, PaCoSAC, TSACSAC, STARSSAC])
+def test_values_stay_float32(algorithm):
+    model = make_model(algorithm, collect=30)
+    data = model.replay_buffer.sample(24)
+    with th.autocast("cpu", th.bfloat16):
+        for critic in (model.critic, model.critic_target):
+            values = critic.q_values(data.observations.view(len(data.group_tasks), -1, 7), data.actions)
+            assert values.dtype == th.float32
+
+
 def test_autocast_ends_with_an_exception(monkeypatch):
     model = make_model(collect=30, amp="bf16")
 

@@ -590,7 +590,7 @@ def test_the_error_of_a_row_is_the_mean_over_the_critics():
     th.testing.assert_close(told[0], ((q1 - target).abs() + (q2 - target).abs()) / 2, rtol=1e-4, atol=1e-5)
 
 
-def test_dropped_tasks_and_spoilt_rows_keep_their_priorities():
+def test_dropped_tasks_keep_their_priorities_and_spoilt_rows_lose_them():
     model = prioritized_model(per=dict(alpha=1.0))
     buffer = model.replay_buffer
     model.add_update_guard(DropTasks([False, True, False]))
@@ -598,7 +598,10 @@ def test_dropped_tasks_and_spoilt_rows_keep_their_priorities():
     before = buffer._tree.leaves.copy()
     for _ in range(5):
         model.train(1)
-    assert np.array_equal(buffer._tree.leaves[1:], before[1:])
+    assert np.array_equal(buffer._tree.leaves[1], before[1])
+    # Else a row that is never learned from would be drawn, and its task dropped, for ever
+    changed = buffer._tree.leaves[2] != before[2]
+    assert changed.any() and np.allclose(buffer._tree.leaves[2][changed], buffer.eps)
     assert not np.array_equal(buffer._tree.leaves[0], before[0])
     assert np.isfinite(buffer._tree.nodes).all()
     # Without guards, too
@@ -622,6 +625,36 @@ def test_a_task_that_is_not_finite_does_not_reach_the_others_through_its_groups(
     w = "compositional_vectors"
     assert th.equal(after[w][1], before[w][1])
     assert not th.equal(after[w][0], before[w][0])
+
+
+@pytest.mark.parametrize(("own", "stored"), [(PER, MultiTaskReplayBuffer), (MultiTaskReplayBuffer, PER)])
+def test_a_buffer_of_the_other_kind_is_not_loaded(tmp_path, own, stored):
+    make_model(collect=30, replay_buffer_class=stored).save_replay_buffer(tmp_path / "buffer")
+    model = make_model(replay_buffer_class=own)
+    before = model.replay_buffer
+    with pytest.raises(ValueError, match=f"path must name a {own.__name__}, got .*, a {stored.__name__}"):
+        model.load_replay_buffer(tmp_path / "buffer")
+    assert model.replay_buffer is before
+
+
+def test_settings_of_a_loaded_buffer_are_named_where_they_differ(tmp_path, recwarn):
+    prioritized_model().save_replay_buffer(tmp_path / "buffer")
+    prioritized_model(collect=0).load_replay_buffer(tmp_path / "buffer")
+    assert not [warning for warning in recwarn if "goes on with its own" in str(warning.message)]
+    other = prioritized_model(collect=0, per=dict(alpha=0.2, rho_min=0.5))
+    with pytest.warns(UserWarning, match=r"goes on with its own alpha=0.6, rho_min=0.1$"):
+        other.load_replay_buffer(tmp_path / "buffer")
+
+
+def test_windows_of_a_loaded_model_go_on_in_its_settings(tmp_path):
+    model = prioritized_model(per=dict(performance_window=4), learning_starts=0)
+    model.success_windows.windows[0].extend([1.0, 0.0, 1.0])
+    model.save(tmp_path / "model")
+    buffer_kwargs = dict(performance_window=2)
+    longer = MTSAC.load(tmp_path / "model", env=make_env(), replay_buffer_kwargs=buffer_kwargs)
+    assert list(longer.success_windows.windows[0]) == [0.0, 1.0]  # the last two
+    by_eval = MTSAC.load(tmp_path / "model", env=make_env(), replay_buffer_kwargs=dict(performance_source="eval"))
+    assert by_eval.success_windows is None
 
 
 def test_windows_hold_training_episodes_after_the_warm_up():

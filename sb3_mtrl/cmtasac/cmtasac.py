@@ -393,7 +393,12 @@ class CMTASAC(MTSAC):
             return info_nce_losses(outputs.float(), next_outputs.float(), self.contrastive_temperature)
 
     def _auxiliary_losses(
-        self, side: str, obs: PyTorchObs, next_obs: PyTorchObs, replay_data: ReplaySamples
+        self,
+        side: str,
+        obs: PyTorchObs,
+        next_obs: PyTorchObs,
+        replay_data: ReplaySamples,
+        dropped: th.Tensor | None,
     ) -> th.Tensor | None:
         if side == "actor" or not self._is_contrastive:
             return None

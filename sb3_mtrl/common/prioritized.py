@@ -159,6 +159,15 @@ class SuccessWindows:
         self._solved = np.zeros(n_envs)
         self._counts = np.ones(n_envs, dtype=bool)
 
+    def take_over(self, other: "SuccessWindows") -> None:
+        """
+        Go on from the last episodes of other windows.
+
+        :param other: Windows of the same tasks, of any size
+        """
+        for window, kept in zip(self.windows, other.windows, strict=True):
+            window.extend(kept)
+
     @property
     def rates(self) -> np.ndarray:
         """Success rate of each task ``(T,)``, NaN before its first episode."""
@@ -217,8 +226,9 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
     success rate of every task and every ring holds something; a task without transitions leaves its rows to the others.
 
     ``MTSAC`` and its subclasses do what an algorithm has to: weigh the critic loss, ``update_priorities``, ``anneal_beta`` and
-    ``set_task_performance``. On a GPU the TD errors come back to the CPU once an update, which waits for the device. With one
-    task it is a plain prioritized buffer. The parameters not listed are those of ``MultiTaskReplayBuffer``.
+    ``set_task_performance``. On a GPU the TD errors come back to the CPU once an update, which waits for the device (and so
+    does a w-reset, to reset priorities). With one task it is a plain prioritized buffer. The parameters not listed are those
+    of ``MultiTaskReplayBuffer``.
 
     :param alpha: Exponent of priorities in [0, 1]; 0: uniform draws within a task
     :param beta: Exponent of the importance weights at the start, in [0, 1]
@@ -331,6 +341,16 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
     def _n_bytes(self) -> int:
         n_nodes = 2 * SumTree.leaves_for(self.capacity_per_task) * self.num_tasks
         return super()._n_bytes() + n_nodes * np.dtype(np.float64).itemsize
+
+    def settings(self) -> dict[str, Any]:
+        """
+        :return: The arguments that say what is drawn, by name
+        """
+        names = (
+            *("alpha", "beta_end", "eps", "max_priority", "task_priority", "rho_min", "rho_max", "temperature"),
+            *("min_rows_per_task", "rows_per_group", "per_style", "performance_source", "performance_window"),
+        )
+        return {"beta": self.initial_beta, **{name: getattr(self, name) for name in names}}
 
     # ------------------------------------------------------------------ storage
 

@@ -105,7 +105,7 @@ class SharedUniqueMLP(CompositionalMLP):
         """
 
         def layer(index: int, x: th.Tensor) -> th.Tensor:
-            return CompositionalLinear.apply_composed(x, *composed[index])
+            return CompositionalLinear.apply_composed(x, *composed[index], is_last=index == len(composed) - 1)
 
         return self._forward(x, len(composed[0][0]), layer)
 
@@ -174,7 +174,12 @@ def sample_triplets(group_tasks: th.Tensor, batch_size: int, num_tasks: int) -> 
 
 
 def triplet_losses(
-    embeddings: th.Tensor, group_tasks: th.Tensor, num_tasks: int, margin: float = 0.5, normalize: bool = True
+    embeddings: th.Tensor,
+    group_tasks: th.Tensor,
+    num_tasks: int,
+    margin: float = 0.5,
+    normalize: bool = True,
+    dropped: th.Tensor | None = None,
 ) -> tuple[th.Tensor, th.Tensor]:
     """
     Triplet loss between tasks: a row's embedding shall be closer to that of another row of its task than to that of a row of
@@ -188,10 +193,16 @@ def triplet_losses(
     :param num_tasks: Number of tasks T
     :param margin: Margin m
     :param normalize: Whether embeddings are first brought to length 1, so that distances lie between 0 and 2
+    :param dropped: (T,) bool, tasks whose rows are in no triplet; None: there are none
     :return: Loss of each row ``(B, 1)``, scaled such that the mean over the batch is the mean over the rows that have a
         triplet; and the share of these whose loss is above 0, constant
     """
     triplets = sample_triplets(group_tasks, len(embeddings), num_tasks)
+    valid = triplets.valid
+    if dropped is not None:
+        is_out = dropped[group_tasks].unsqueeze(1).expand(-1, len(embeddings) // len(group_tasks)).reshape(-1)
+        valid = valid & ~is_out & ~is_out[triplets.negatives]
+        embeddings = th.where(is_out.unsqueeze(1), 0.0, embeddings)
     if normalize:
         embeddings = nn.functional.normalize(embeddings, dim=1)
     losses = nn.functional.triplet_margin_loss(
@@ -201,8 +212,8 @@ def triplet_losses(
         margin=margin,
         reduction="none",
     )
-    losses = th.where(triplets.valid, losses, 0.0)
-    n_valid = triplets.valid.sum().clamp(min=1)
+    losses = th.where(valid, losses, 0.0)
+    n_valid = valid.sum().clamp(min=1)
     return (losses * (len(losses) / n_valid)).unsqueeze(1), (losses.detach() > 0).sum() / n_valid
 
 

@@ -608,9 +608,7 @@ def info_nce_losses(outputs: th.Tensor, next_outputs: th.Tensor, temperature: fl
     :return: L of each row ``(B, 1)``, and ``expert_similarities(outputs)``, constant
     """
     similarities = expert_similarities(outputs)
-    positives = nn.functional.cosine_similarity(
-        outputs.float(), next_outputs.detach().float(), dim=-1, eps=1e-12
-    ).t()  # (B, k)
+    positives = nn.functional.cosine_similarity(outputs, next_outputs.detach(), dim=-1, eps=1e-12).t()  # (B, k)
     # An expert's similarity with itself is no negative: the positive takes its place on the diagonal
     is_self = th.eye(len(outputs), dtype=th.bool, device=outputs.device)
     logits = th.where(is_self, positives.unsqueeze(2), similarities) / temperature

@@ -54,6 +54,9 @@ from sb3_mtrl.mtsac.policies import N_HEADS, CnnPolicy, MlpPolicy, MTSACActor, M
 
 SelfMTSAC = TypeVar("SelfMTSAC", bound="MTSAC")
 
+# Its square is still a float32, so that no layer of usual weights turns it into an infinity
+MAX_INPUT = 1e18
+
 ReplaySamples = ReplayBufferSamples | MultiTaskReplayBufferSamples
 
 
@@ -212,6 +215,8 @@ class MTSAC(SAC):
         # What the task priorities of a TaskPrioritizedReplayBuffer follow, None without
         self.success_windows: SuccessWindows | None = None
         self.update_guards: list[UpdateGuard] = []
+        # Rows of the batch that are left out of any update, (B, 1) bool; None without guards
+        self._spoilt_rows: th.Tensor | None = None
         # Sums of logged values since the last dump, on the device
         self._train_sums: dict[str, th.Tensor] = {}
         self._n_summed_updates = 0
@@ -265,9 +270,11 @@ class MTSAC(SAC):
         if isinstance(self.replay_buffer, MultiTaskReplayBuffer):
             self.replay_buffer.rows_per_task(self.batch_size)  # refuses a batch that has no equal shares
         prioritized = self._prioritized_buffer
+        loaded_windows, self.success_windows = self.success_windows, None
         if prioritized is not None and self.num_tasks > 1 and prioritized.performance_source == "train":
-            # Those of a loaded model go on
-            self.success_windows = self.success_windows or SuccessWindows(self.num_tasks, prioritized.performance_window)
+            self.success_windows = SuccessWindows(self.num_tasks, prioritized.performance_window)
+            if loaded_windows is not None:
+                self.success_windows.take_over(loaded_windows)
         if self.log_ent_coef is not None:
             self.log_ent_coef = self.log_ent_coef.detach().repeat(self.num_tasks).requires_grad_(True)
             learning_rate = self.ent_coef_learning_rate or self.lr_schedule(1)
@@ -488,6 +495,7 @@ class MTSAC(SAC):
             # We need to sample because `log_std` may have changed between two gradient steps
             if self.use_sde:
                 self.actor.reset_noise()
+            self._spoilt_rows = None
             spoilt = self._clear_spoilt_rows(replay_data) if self.update_guards else None
             with self._update_context():
                 dropped = update(replay_data, spoilt)
@@ -664,6 +672,9 @@ class MTSAC(SAC):
         sizes = buffer.td_error_sizes(td_errors.detach())
         if dropped is not None:
             sizes = th.where(self._rows(dropped, replay_data), th.nan, sizes)
+        if self._spoilt_rows is not None:
+            # Else they would be drawn, and their task dropped, ever more often, as the errors of the others fall
+            sizes = th.where(self._spoilt_rows, 0.0, sizes)
         buffer.update_priorities(replay_data.indices, sizes)
 
     def _auxiliary_loss(
@@ -675,15 +686,21 @@ class MTSAC(SAC):
         dropped: th.Tensor | None,
     ) -> th.Tensor | float:
         """Mean of ``_auxiliary_losses`` without dropped tasks; 0 if there are none."""
-        losses = self._auxiliary_losses(side, obs, next_obs, replay_data)
+        losses = self._auxiliary_losses(side, obs, next_obs, replay_data, dropped)
         return 0.0 if losses is None else self._keep(losses, dropped, replay_data).mean()
 
     def _auxiliary_losses(
-        self, side: str, obs: PyTorchObs, next_obs: PyTorchObs, replay_data: ReplaySamples
+        self,
+        side: str,
+        obs: PyTorchObs,
+        next_obs: PyTorchObs,
+        replay_data: ReplaySamples,
+        dropped: th.Tensor | None,
     ) -> th.Tensor | None:
         """
         A further loss of each row for the optimiser of the "critic" or the "actor", ``(B, 1)``. It is asked for once the
-        networks of that side have seen their observations and before they change.
+        networks of that side have seen their observations and before they change. The losses of dropped tasks are left out
+        afterwards; ``dropped`` is for losses of a row on others.
         """
         return None
 
@@ -753,14 +770,16 @@ class MTSAC(SAC):
 
     def _clear_spoilt_rows(self, replay_data: ReplaySamples) -> th.Tensor:
         """
-        Replace the rows that hold a NaN or an infinity by zeros, in place, and name their tasks, ``(T,)`` bool.
+        Replace the rows that hold a NaN, an infinity or a number of which a network makes one by zeros, in place, and name
+        their tasks, ``(T,)`` bool.
 
         A loss of zero would not keep them from the weights that all tasks share: the gradient multiplies it with the input.
         """
         if not isinstance(replay_data, MultiTaskReplayBufferSamples):
             return th.zeros(self.num_tasks, dtype=th.bool, device=self.device)
         inputs = (replay_data.observations, replay_data.next_observations, replay_data.actions, *replay_data.extras.values())
-        finite = th.stack([tensor.isfinite().all(dim=1) for tensor in inputs]).all(dim=0)
+        finite = th.stack([(tensor.abs() < MAX_INPUT).all(dim=1) for tensor in inputs]).all(dim=0)  # False for NaN
+        self._spoilt_rows = ~(finite & replay_data.rewards.isfinite().squeeze(1)).unsqueeze(1)
         for tensor in inputs:
             tensor.copy_(th.where(finite.unsqueeze(1), tensor, 0.0))
         spoilt_groups = ~finite.view(len(replay_data.group_tasks), -1).all(dim=1)
@@ -930,7 +949,10 @@ class MTSAC(SAC):
         """
         Load a replay buffer from a pickle file, see SB3's ``load_replay_buffer``.
 
-        :raises ValueError: if it holds other tasks or observations; the model keeps its own then
+        The settings of a prioritized buffer are those of the file; a warning names those that the model's had otherwise.
+
+        :raises ValueError: if it holds other tasks or observations, or has no priorities where the model's has them (or the
+            other way round); the model keeps its own then
         """
         own_buffer = getattr(self, "replay_buffer", None)
         super().load_replay_buffer(path, truncate_last_traj)
@@ -946,6 +968,18 @@ class MTSAC(SAC):
         if got != expected:
             self.replay_buffer = own_buffer
             raise ValueError(f"path must name a replay buffer of {expected}, got {path}, a {type(loaded).__name__} of {got}")
+        own_is_prioritized = isinstance(own_buffer, TaskPrioritizedReplayBuffer)
+        if own_buffer is not None and own_is_prioritized != isinstance(loaded, TaskPrioritizedReplayBuffer):
+            self.replay_buffer = own_buffer
+            raise ValueError(
+                f"path must name a {type(own_buffer).__name__}, got {path}, a {type(loaded).__name__} "
+                "(give the model that class as replay_buffer_class to go on with it)"
+            )
+        if isinstance(loaded, TaskPrioritizedReplayBuffer) and isinstance(own_buffer, TaskPrioritizedReplayBuffer):
+            own_settings, settings = own_buffer.settings(), loaded.settings()
+            others = [f"{name}={settings[name]!r}" for name in settings if settings[name] != own_settings[name]]
+            if others:
+                warnings.warn(f"the loaded replay buffer goes on with its own {', '.join(others)}", stacklevel=2)
         if isinstance(loaded, MultiTaskReplayBuffer):
             loaded.n_envs = self.n_envs  # its rings belong to tasks, not to sub-environments
 
@@ -974,6 +1008,7 @@ class MTSAC(SAC):
         "_n_summed_updates",
         "_dropped_at_last_dump",
         "_warned_of_stuck_tasks",
+        "_spoilt_rows",
         "_stepping_env",
         "_waiting_updates",
     )

@@ -81,7 +81,8 @@ class STARSSAC(MTSAC):
     :param rho_min: Priority that a solved task keeps, where that of an unsolved one is 1
     :param performance_source: Whose success rates count: those of the last "train" episodes, or of the "eval" callback
     :param performance_window: Number of last training episodes per task
-    :param per_alpha: Exponent of transition priorities; 0: uniform draws within a task
+    :param per_alpha: Exponent of transition priorities; 0: uniform draws within a task. Like the other settings of the buffer
+        it needs T above 1, or the buffer as ``replay_buffer_class``
     :param per_beta: Exponent of the importance weights at the start; it becomes 1 at the end of training
     :param actor_batch: What actor and entropy coefficients learn from: the "same" rows as the critics, without importance
         weights, or as many other rows of each task, drawn uniformly ("uniform_in_task")
@@ -251,6 +252,11 @@ class STARSSAC(MTSAC):
             guards.append(WResetCallback(self.w_reset_simplex, reset_moments=True))
         if self.num_tasks > 1:
             self.replay_buffer_class = self.replay_buffer_class or TaskPrioritizedReplayBuffer
+        if self.unique_dim > 0 and not self.unique_from_rl and not self._has_triplet_loss:
+            raise ValueError(
+                "unique_from_rl must be True without a triplet loss (one task, or triplet_coef=0), got False: nothing would "
+                "train the unique branch"
+            )
         super()._setup_model()
         for guard in guards:
             guard.init_callback(self)
@@ -296,7 +302,9 @@ class STARSSAC(MTSAC):
         buffer = self._prioritized_buffer
         if self.actor_batch == "same" or buffer is None or not isinstance(replay_data, MultiTaskReplayBufferSamples):
             return replay_data
-        group_tasks = replay_data.group_tasks.cpu().numpy()
+        assert replay_data.indices is not None
+        # Of the indices, which are on the CPU
+        group_tasks = replay_data.indices.reshape(len(replay_data.group_tasks), -1)[:, 0] % self.num_tasks
         uniform = buffer.sample_groups(group_tasks, batch_size // len(group_tasks), self._vec_normalize_env)
         return replay_data._replace(extras={**replay_data.extras, ACTOR_OBSERVATIONS: uniform.observations})
 
@@ -308,14 +316,19 @@ class STARSSAC(MTSAC):
         return extras[ACTOR_OBSERVATIONS].view_as(obs)
 
     def _auxiliary_losses(
-        self, side: str, obs: PyTorchObs, next_obs: PyTorchObs, replay_data: ReplaySamples
+        self,
+        side: str,
+        obs: PyTorchObs,
+        next_obs: PyTorchObs,
+        replay_data: ReplaySamples,
+        dropped: th.Tensor | None,
     ) -> th.Tensor | None:
         if not self._has_triplet_loss:
             return None
         assert isinstance(replay_data, MultiTaskReplayBufferSamples)
         embeddings = self._unique_branches()[side].take_embeddings()
         losses, active = triplet_losses(
-            embeddings, replay_data.group_tasks, self.num_tasks, self.triplet_margin, self.triplet_normalize
+            embeddings, replay_data.group_tasks, self.num_tasks, self.triplet_margin, self.triplet_normalize, dropped
         )
         self._add_to_train_sums({f"{side}_triplet_loss": losses.detach().mean(), f"{side}_triplets_active": active})
         return self.triplet_coef * losses

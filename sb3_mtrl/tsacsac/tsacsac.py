@@ -376,7 +376,7 @@ class TSACSAC(MTSAC):
         n_steps = np.bincount(task_ids, minlength=self.num_tasks)
         self._logged_success += [np.bincount(task_ids, weights=success, minlength=self.num_tasks), n_steps]
         # Random actions of the warm-up say nothing of the policies
-        if self.num_timesteps > self.learning_starts:
+        if self.num_timesteps - len(rewards) >= self.learning_starts:  # this step is counted already
             self._fresh_rewards += [np.bincount(task_ids, weights=rewards, minlength=self.num_tasks), n_steps]
 
     # ------------------------------------------------------------------ update
@@ -486,7 +486,7 @@ class TSACSAC(MTSAC):
         """
         One step on ``L(lambda) = sum_t lambda_t (mean of r_s / delta in the fresh rollouts - C_t)``, then the cap.
 
-        A task without fresh steps, or that was dropped, adds nothing; without any no step is made, so that of several
+        The lambda of a task without fresh steps, or that was dropped, stays; without any no step is made, so that of several
         updates after one rollout only the first one counts.
         """
         self._rollout_rewards.copy_(th.from_numpy(self._fresh_rewards))
@@ -496,11 +496,14 @@ class TSACSAC(MTSAC):
         if dropped is not None:
             is_fresh = is_fresh & ~dropped
         gaps = th.where(is_fresh, sums / counts.clamp(min=1) - self._budgets, 0.0)  # (T,)
+        before = self.raw_lambda.detach().clone()
         self.lambda_optimizer.zero_grad()
         (F.softplus(self.raw_lambda) * gaps).sum().backward()
         step_unless(self.lambda_optimizer, ~is_fresh.any())
-        if self.lambda_max is not None:
-            with th.no_grad():
+        with th.no_grad():
+            if self.lambda_mode == "per_task":  # Adam's momentum moves those without a gradient, too
+                self.raw_lambda.copy_(th.where(is_fresh, self.raw_lambda, before))
+            if self.lambda_max is not None:
                 self.raw_lambda.clamp_(max=inverse_softplus(self.lambda_max))
 
     def _reward_weights(self, replay_data: ReplaySamples) -> tuple[th.Tensor, th.Tensor]:
