@@ -58,7 +58,7 @@ LOGGED_COLUMNS = {
     "pacosac": ("train/w_norm", "train/w_resets", "train/dropped_updates"),
     "cmtasac": ("train/contrastive_loss", "train/gate_entropy"),
     "tsacsac": ("train/lambda", "train/edit_size"),
-    "starssac": ("train/quota",),
+    "starssac": ("train/priority_quota/", "train/priority_success/"),
 }
 
 

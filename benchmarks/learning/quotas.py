@@ -1,7 +1,7 @@
 """
 Do the shares of the batch follow the tasks' success? STARSSAC on Meta-World tasks of which one is hard.
 
-    python -m benchmarks.learning.quotas --steps 30000
+    python -m benchmarks.learning.quotas --steps 60000
 
 Closing a drawer and pressing a handle are learned soon, reaching takes longer, and a peg is not inserted into a hole within
 such a budget. While a task fails its quota is large, once it is solved it falls to a tenth of that. Writes ``quotas.csv``
@@ -95,7 +95,7 @@ def plot(path: Path, picture: Path) -> None:
         for task in TASKS:
             axis.plot(steps, [float(row[f"{name}/{task}"]) for row in rows], label=task, drawstyle="steps-post")
     axes[0].set(ylabel="success rate, last 20 episodes", ylim=(-0.05, 1.05))
-    axes[0].legend(loc="center right")
+    axes[0].legend(loc="upper center", ncols=2)
     axes[1].set(ylabel=f"rows of a batch of {BATCH_SIZE}", xlabel="environment steps, all tasks", ylim=(0, None))
     figure.suptitle("STARSSAC: quotas of the tasks follow their success rates")
     figure.savefig(picture, dpi=120)
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     :param arguments: Command line, ``sys.argv`` if None
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30_000, help="environment steps (default: 30000)")
+    parser.add_argument("--steps", type=int, default=60_000, help="environment steps (default: 60000)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files go (default: beside this one)")
     parser.add_argument("--plot-only", action="store_true", help="draw the numbers that are there")
