@@ -166,8 +166,12 @@ def aggregate_runs(results: Sequence[EvaluatedRun]) -> dict[str, Any]:
     :param results: At least one result, of the same tasks and numbers of episodes
     :return: Number of runs, and for the mean of the tasks and each task: mean, sample standard deviation over the runs, lowest
         and highest success rate, 95 % interval (see ``success_interval_over_runs``); None stands for an unknown number
+    :raises ValueError: if they are of different tasks
     """
     evaluations = [result.evaluation for result in results]
+    suites = sorted({", ".join(evaluation.task_names) for evaluation in evaluations})
+    if len(suites) > 1:
+        raise ValueError(f"experiments must have the same tasks to be taken together, got {' / '.join(suites)}")
     n_episodes = int(evaluations[0].episode_counts[0])
     task_names = evaluations[0].task_names
     rates = np.stack([evaluation.success_rates for evaluation in evaluations])  # (runs, T)
@@ -262,9 +266,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(str(error))
         results.append(result)
         print(f"Written: {_write_json(_json_path(run.model_path.with_suffix(''), args.protocol), result.to_dict())}")
-    print(_format_runs(results))
+    aggregate: dict[str, Any] = {}
     if len(results) > 1:
-        aggregate = aggregate_runs(results)
+        try:
+            aggregate = aggregate_runs(results)
+        except ValueError as error:
+            parser.error(str(error))
+    print(_format_runs(results))
+    if aggregate:
         print(format_aggregate(aggregate))
         first = {key: results[0].details[key] for key in ("algo", "env", "protocol", "episodes_per_task", "horizon")}
         path = _json_path(Path(args.folder, args.algo, EnvironmentName(args.env)), args.protocol)

@@ -389,6 +389,27 @@ def test_worker_that_ends(make_shared, fault):
     assert time.monotonic() - start < 15  # the child sleeps longer
 
 
+def test_a_request_that_cannot_be_pickled_reaches_no_worker(make_shared):
+    venv = make_shared(picky_envs(2), n_workers=2)
+    venv.reset()
+    venv.set_options([{"level": 1}, {"level": lambda: 0}])  # the second worker's
+    with pytest.raises(Exception, match="pickle"):
+        venv.reset()
+    assert venv.get_attr("number") == [0, 1]  # and not the reply to the first worker's reset
+
+
+def test_after_an_interrupt_there_is_an_error_and_no_hang(make_shared, monkeypatch):
+    venv = make_shared(picky_envs(2), n_workers=2)
+    venv.reset()
+    venv.step_async(np.zeros(2, dtype=np.int64))
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedMemoryVecEnv, "_receive_all", lambda *args: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+        with pytest.raises(KeyboardInterrupt):
+            venv.step_wait()
+    with pytest.raises(RuntimeError, match="interrupted by KeyboardInterrupt; make a new environment"):
+        venv.reset()
+
+
 def test_worker_that_is_killed(make_shared):
     venv = make_shared(picky_envs(4))
     venv.reset()

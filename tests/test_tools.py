@@ -22,6 +22,7 @@ from sb3_mtrl.common.results import (
     RunHistory,
     final_scores,
     format_final_table,
+    group_by_method,
     read_progress,
     read_tidy_results,
     stack_histories,
@@ -247,7 +248,7 @@ def test_tidy_results_are_read_back(tmp_path: Path) -> None:
 
 
 def test_progress_of_a_continued_training(tmp_path: Path) -> None:
-    (tmp_path / "progress.csv").write_text("time/total_timesteps,train/quota/a,rollout/x\n10,1.5,9\n20,,9\n30,3,9\n")
+    (tmp_path / "progress.csv").write_text("time/total_timesteps,train/quota/a,rollout/x\n10,1.5,9\n20,,9\n30,3,9,7\n")
     # Went on from step 20
     (tmp_path / "progress_20.csv").write_text("train/quota/b,train/quota/a,time/total_timesteps\n7,4,30\n8,5,40\n")
     steps, columns = read_progress(tmp_path, ["train/quota"])
@@ -425,3 +426,15 @@ def test_record_refuses(arguments: list[str], message: str, logs: Path, capsys: 
         command(sb3_mtrl.record, "mtsac", logs, *arguments)
     assert stop.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_runs_of_different_tasks_are_not_compared():
+    """The id of a suite of one's own says nothing of its tasks."""
+
+    def history(*task_names: str) -> RunHistory:
+        scores = np.zeros((1, len(task_names)))
+        return RunHistory("mtsac", "MetaWorld-Custom-v3", 1, task_names, np.array([10]), scores, scores)
+
+    assert list(group_by_method([history("a", "b"), history("a", "b")])) == ["mtsac"]
+    with pytest.raises(ValueError, match="histories must be of the same tasks, got a, b / a, c"):
+        group_by_method([history("a", "b"), history("a", "c")])

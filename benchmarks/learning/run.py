@@ -245,6 +245,7 @@ def train(cell: Cell, device: str = "auto") -> bool:
     manager.eval_callback.eval_env.close()
     if checkpoints.was_stopped:
         return False
+    save_checkpoint(model, cell.run_folder, checkpoints.seconds)  # the evaluation may be stopped
     model.save(cell.run_folder / f"{EnvironmentName(cell.env)}.zip")
     run = find_run(cell.log_folder, cell.algo, cell.env, cell.seed)
     result = evaluate_run(run, protocol=settings.get("protocol"), device=device)
@@ -335,13 +336,15 @@ def start_process(cell: Cell, args: argparse.Namespace) -> subprocess.Popen[byte
         return subprocess.Popen(run_command(cell, args), stdout=log, stderr=log, start_new_session=True)
 
 
-def train_all(cells: Sequence[Cell], args: argparse.Namespace) -> None:
+def train_all(cells: Sequence[Cell], args: argparse.Namespace) -> int:
     """
     Train runs in several processes, and report where they are. Stopped with Ctrl-C or SIGTERM, it stops them and waits.
 
     :param cells: Runs to train
     :param args: The command line
+    :return: Number of runs that failed
     """
+    n_failed = 0
     waiting = list(cells)
     running: dict[Cell, subprocess.Popen[bytes]] = {}
     next_status = time.monotonic()
@@ -354,6 +357,7 @@ def train_all(cells: Sequence[Cell], args: argparse.Namespace) -> None:
                 print(status_line(cell, "started"), flush=True)
             for cell in [cell for cell, process in running.items() if process.poll() is not None]:
                 code = running.pop(cell).returncode
+                n_failed += not cell.is_finished
                 failed = f"failed with exit status {code}, see {cell.run_folder / 'output.log'}"
                 print(status_line(cell, "finished" if cell.is_finished else failed), flush=True)
                 collect([cell], args.results)
@@ -370,6 +374,11 @@ def train_all(cells: Sequence[Cell], args: argparse.Namespace) -> None:
             process.wait()
             print(status_line(cell, "stopped"), flush=True)
         collect(list(running), args.results)
+    except BaseException:
+        for process in running.values():  # no run is left without someone who looks after it
+            process.terminate()
+        raise
+    return n_failed
 
 
 def _raise_keyboard_interrupt(number: int, frame: Any) -> None:
@@ -426,13 +435,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for cell in todo:
             print(shlex.join(run_command(cell, args)))
     elif not args.collect:
-        train_all(todo, args)
+        n_failed = train_all(todo, args)
+        if n_failed:
+            sys.exit(f"{n_failed} runs failed")
 
 
 def _cells(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: dict[str, Any]) -> list[Cell]:
     """The runs that the command line names, seed by seed: a grid that is stopped early has compared all methods."""
     methods, seeds = args.methods or list(settings["methods"]), args.seeds or settings["seeds"]
     if args.run:
+        if not args.run[1].isdigit():
+            parser.error(f"argument --run: SEED must be a whole number, got {args.run[1]}")
         methods, seeds = args.run[:1], [int(args.run[1])]
     unknown = [name for name in methods if name not in settings["methods"]]
     if unknown:

@@ -170,11 +170,14 @@ def group_by_method(histories: Sequence[RunHistory]) -> dict[str, list[RunHistor
     """
     :param histories: Runs of one environment
     :return: The runs of each method, in order of appearance
-    :raises ValueError: if there is none, or they are of several environments
+    :raises ValueError: if there is none, or they are of several environments or different tasks
     """
     environments = sorted({history.env for history in histories})
     if len(environments) != 1:
         raise ValueError(f"histories must be of one environment, got {', '.join(environments) or 'none'}")
+    suites = sorted({", ".join(history.task_names) for history in histories})
+    if len(suites) > 1:
+        raise ValueError(f"histories must be of the same tasks, got {' / '.join(suites)}")
     groups: dict[str, list[RunHistory]] = {}
     for history in histories:
         groups.setdefault(history.method, []).append(history)
@@ -295,7 +298,9 @@ def read_progress(folder: str | Path, prefixes: Sequence[str]) -> tuple[np.ndarr
                 if not row.get("time/total_timesteps"):
                     continue  # a line that is being written
                 # A column that is new gives earlier rows no value
-                values = {name: float(value) for name, value in row.items() if value and name.startswith(tuple(prefixes))}
+                values = {
+                    name: float(value) for name, value in row.items() if name and value and name.startswith(tuple(prefixes))
+                }
                 rows.setdefault(int(float(row["time/total_timesteps"])), {}).update(values)
                 columns.update(dict.fromkeys(values))
     steps = sorted(rows)

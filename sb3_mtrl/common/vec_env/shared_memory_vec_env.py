@@ -6,7 +6,7 @@ import pickle
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -19,16 +19,11 @@ from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper, Ve
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
 
+from sb3_mtrl.common.cpu_tuning import available_cores
+
 CLOSE_TIMEOUT = 10.0  # seconds that a worker has to close its environments
 ALIVE_CHECK_INTERVAL = 1.0  # seconds without a reply until the workers are looked after
 ALIGNMENT = 64
-
-
-def default_n_workers() -> int:
-    """
-    :return: Number of cores that this process may use
-    """
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def balance_assignment(costs: Sequence[float], n_workers: int) -> list[list[int]]:
@@ -226,10 +221,11 @@ def _work(connection: Connection, parent_connection: Connection, env_fns: Cloudp
     host = EnvHost(env_fns.var)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
-            request, arguments = pickle.loads(connection.recv_bytes())
-            if request == "close":
-                break
+            message, request = connection.recv_bytes(), "unpickle"
             try:
+                request, arguments = pickle.loads(message)
+                if request == "close":
+                    break
                 reply = pickle.dumps(getattr(host, request)(*arguments), pickle.HIGHEST_PROTOCOL)
             except Exception as error:
                 reply = pickle.dumps(host._failure(request, error), pickle.HIGHEST_PROTOCOL)
@@ -290,7 +286,7 @@ class SharedMemoryVecEnv(VecEnv):
         if n_envs == 0:
             raise ValueError("env_fns must hold at least one function, got none")
         if assignment is None:
-            return balance_assignment([1.0] * n_envs, default_n_workers() if n_workers is None else n_workers)
+            return balance_assignment([1.0] * n_envs, available_cores() if n_workers is None else n_workers)
         groups = [[int(index) for index in group] for group in assignment]
         if sorted(index for group in groups for index in group) != list(range(n_envs)) or not all(groups):
             raise ValueError(
@@ -331,14 +327,37 @@ class SharedMemoryVecEnv(VecEnv):
 
     # ------------------------------------------------------------ talking to workers
 
-    def _send(self, worker: int, request: str, arguments: tuple[Any, ...]) -> None:
+    def _send(self, request: str, arguments: dict[int, tuple[Any, ...]]) -> None:
+        """Make a request of some workers, with its arguments by worker."""
+        # All at first: if one cannot be pickled, no worker must be left with a request whose reply no one reads
+        messages = {
+            worker: pickle.dumps((request, worker_arguments), pickle.HIGHEST_PROTOCOL)
+            for worker, worker_arguments in arguments.items()
+        }
+        with self._unusable_if_interrupted():
+            for worker, message in messages.items():
+                try:
+                    self._connections[worker].send_bytes(message)
+                except BrokenPipeError:
+                    self._raise_death(worker)
+
+    @contextlib.contextmanager
+    def _unusable_if_interrupted(self) -> Iterator[None]:
+        """Half a conversation cannot be taken up again: the next reply would be taken for that to another request."""
         try:
-            self._connections[worker].send_bytes(pickle.dumps((request, arguments), pickle.HIGHEST_PROTOCOL))
-        except BrokenPipeError:
-            self._raise_death(worker)
+            yield
+        except BaseException as e:
+            self._death = (
+                self._death or f"talking to the workers was interrupted by {type(e).__name__}; make a new environment"
+            )
+            raise
 
     def _receive(self, workers: Iterable[int]) -> dict[int, Any]:
         """Replies by worker, failures among them. A worker that ends instead of replying is noticed by its process."""
+        with self._unusable_if_interrupted():
+            return self._receive_all(workers)
+
+    def _receive_all(self, workers: Iterable[int]) -> dict[int, Any]:
         replies: dict[int, Any] = {}
         pending: dict[Any, int] = {self._connections[worker]: worker for worker in workers}
         sentinels: dict[Any, int] = {self._processes[worker].sentinel: worker for worker in pending.values()}
@@ -370,8 +389,7 @@ class SharedMemoryVecEnv(VecEnv):
         """
         self._check_open()
         self._finish_step()
-        for worker, worker_arguments in arguments.items():
-            self._send(worker, request, worker_arguments)
+        self._send(request, arguments)
         return self._check_replies(self._receive(arguments))
 
     def _request_all(self, request: str, arguments: tuple[Any, ...]) -> dict[int, Any]:
@@ -428,8 +446,10 @@ class SharedMemoryVecEnv(VecEnv):
         fits = fits and (actions.shape, actions.dtype) == (shared.shape, shared.dtype)  # type: ignore[union-attr]
         if fits:
             shared[:] = actions  # type: ignore[index]
-        for worker, group in enumerate(self.assignment):
-            self._send(worker, "step", (None if fits else {index: actions[index] for index in group},))
+        groups = enumerate(self.assignment)
+        self._send(
+            "step", {worker: (None if fits else {index: actions[index] for index in group},) for worker, group in groups}
+        )
         self.waiting = True
 
     def step_wait(self) -> VecEnvStepReturn:
