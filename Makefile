@@ -30,7 +30,7 @@ help:
 	@echo 'make lint           ruff, without changing anything'
 	@echo 'make format         ruff, sorting imports and formatting in place'
 	@echo 'make type           mypy on the package'
-	@echo 'make bench          speed measurements beside SB3 and SBX, 20 minutes (BENCH_ARGS)'
+	@echo 'make bench          speed measurements beside SB3 and SBX (BENCH_ARGS)'
 	@echo 'make commit-checks  format, lint, type'
 	@echo 'make clean          remove build outputs and caches, but neither $(VENV) nor logs'
 

@@ -36,7 +36,7 @@ def stratified_bootstrap(
     Percentile interval of a statistic, from resampled runs. The runs are resampled within each task (stratified), so that
     the interval tells what other seeds would give on the same tasks.
 
-    This is the interval of ``rliable.library.get_interval_estimates`` (same paper as ``interquartile_mean``), with a generator
+    This is the interval of rliable's ``get_interval_estimates`` (same paper as ``interquartile_mean``), with a generator
     of its own: equal arguments give equal intervals.
 
     :param scores: Scores ``(runs, tasks, ...)``
