@@ -8,7 +8,7 @@ import pytest
 import torch as th
 
 from benchmarks.speed import run
-from benchmarks.speed.bare import BareMTSAC
+from benchmarks.speed.bare import BareMTSAC, MatrixProducts
 from benchmarks.speed.measure import Program, machine_line, print_table, summarize, time_in_turns
 from sb3_mtrl.mtsac.policies import sample_squashed_gaussian
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
@@ -127,6 +127,19 @@ def test_every_algorithm_of_the_zoo_is_measured(monkeypatch):
     monkeypatch.setattr(run.Learners, "compare", compare)
     run.Learners(1, 1.0, None, "perf_counter").updates(num_tasks=2, batch_size=8, n_updates=1)
     assert set(ALGORITHMS) <= {learner["algorithm"] for learner in seen.values()}
+
+
+def test_matrix_products_of_an_update():
+    products = MatrixProducts(obs_dim=39, action_dim=4, num_tasks=10, batch_size=1280, net_arch=(400, 400, 400))
+    # By hand, multiplications of a row: actor 49-400-400-400-8, two critics 53-400-400-400-1
+    actor, actor_first = 49 * 400 + 2 * 400 * 400 + 400 * 8, 49 * 400
+    critics, critics_first = 2 * (53 * 400 + 2 * 400 * 400 + 400), 2 * 53 * 400
+    forward, to_weights = 2 * actor + 3 * critics, actor + critics
+    to_inputs = (actor - actor_first) + (2 * critics - critics_first)
+    assert products.flop == 2 * 1280 * (forward + to_weights + to_inputs)
+    products.update()
+    left, right, result = products.products[-1]
+    np.testing.assert_allclose(result.numpy(), (left @ right).numpy(), rtol=1e-5)
 
 
 def test_the_bare_loop_learns():

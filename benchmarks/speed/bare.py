@@ -1,4 +1,7 @@
-"""Multi-task SAC as a bare PyTorch loop, without SB3 and without options: what the framework around ``MTSAC`` costs."""
+"""
+What ``MTSAC`` is measured by: multi-task SAC as a bare PyTorch loop, without SB3 and without options (what does the framework
+around it cost?), and the matrix products of an update alone (what could any PyTorch code reach?).
+"""
 
 import copy
 import itertools
@@ -101,3 +104,41 @@ class BareMTSAC:
             targets_, sources = list(self.target.parameters()), list(self.critics.parameters())
             th._foreach_mul_(targets_, 1 - TAU)
             th._foreach_add_(targets_, sources, alpha=TAU)
+
+
+class MatrixProducts:
+    """
+    The matrix products that an update of multi-task SAC cannot do without, and nothing else: no activations, no losses, no
+    optimisers, no memory to allocate. The gradient of the critics' weights is formed once, in the critic loss.
+
+    :param obs_dim: Width of the observations without the one-hot
+    :param action_dim: Number of actions
+    :param num_tasks: Number of tasks T
+    :param batch_size: Rows per update
+    :param net_arch: Widths of the hidden layers
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, num_tasks: int, batch_size: int, net_arch: tuple[int, ...]):
+        self.products: list[tuple[th.Tensor, th.Tensor, th.Tensor]] = []
+        self.flop = 0
+        actor_dims = [obs_dim + num_tasks, *net_arch, 2 * action_dim]
+        critic_dims = [obs_dim + num_tasks + action_dim, *net_arch, 1]
+        for index, (n_in, n_out) in enumerate(itertools.pairwise(actor_dims)):
+            # Actions for states and next states; its loss needs no gradient to the observations
+            self._add(1, batch_size, n_in, n_out, n_forward=2, n_to_inputs=int(index > 0))
+        for index, (n_in, n_out) in enumerate(itertools.pairwise(critic_dims)):
+            # Targets, critic loss, actor loss; of the first layer only the actor loss needs the gradient to the inputs
+            self._add(2, batch_size, n_in, n_out, n_forward=3, n_to_inputs=1 + int(index > 0))
+
+    def _add(self, n_networks: int, batch_size: int, n_in: int, n_out: int, n_forward: int, n_to_inputs: int) -> None:
+        inputs, weight = th.rand(n_networks, batch_size, n_in), th.rand(n_networks, n_in, n_out)
+        outputs = th.rand(n_networks, batch_size, n_out)
+        results = [th.empty_like(tensor) for tensor in (inputs, weight, outputs)]
+        self.products += n_forward * [(inputs, weight, results[2])]
+        self.products += n_to_inputs * [(outputs, weight.transpose(1, 2), results[0])]
+        self.products += [(inputs.transpose(1, 2), outputs, results[1])]
+        self.flop += 2 * n_networks * batch_size * n_in * n_out * (n_forward + n_to_inputs + 1)
+
+    def update(self) -> None:
+        for left, right, result in self.products:
+            th.bmm(left, right, out=result)

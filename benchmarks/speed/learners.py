@@ -17,7 +17,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from benchmarks.speed.bare import BareMTSAC
+from benchmarks.speed.bare import BareMTSAC, MatrixProducts
 from benchmarks.speed.measure import serve
 from benchmarks.speed.random_tasks import ACTION_DIM, OBS_DIM, RandomTasksEnv
 from sb3_mtrl.common.cpu_tuning import fast_matmul, keep_freed_memory
@@ -25,6 +25,7 @@ from sb3_mtrl.common.vec_env import VecTaskAssignment, make_multi_task_vec_env
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 
 NET_ARCH = (400, 400, 400)
+BARE = {"bare": BareMTSAC, "products": MatrixProducts}
 
 
 def algorithm_class(name: str) -> type[SAC]:
@@ -36,16 +37,16 @@ def algorithm_class(name: str) -> type[SAC]:
 
 def make_update(algorithm: str, num_tasks: int, batch_size: int, n_updates: int, kwargs: dict[str, Any]) -> Callable[[], None]:
     """
-    :param algorithm: See ``algorithm_class``, or "bare" for the bare loop
+    :param algorithm: See ``algorithm_class``, or a name of ``BARE``
     :param num_tasks: Number of tasks T
     :param batch_size: Rows per update
     :param n_updates: Updates per call
     :param kwargs: Further arguments of the algorithm
     :return: Does that many updates of a model of the papers' size on random data
     """
-    if algorithm == "bare":
+    if algorithm in BARE:
         keep_freed_memory()
-        bare = BareMTSAC(OBS_DIM, ACTION_DIM, num_tasks, batch_size, NET_ARCH)
+        bare = BARE[algorithm](OBS_DIM, ACTION_DIM, num_tasks, batch_size, NET_ARCH)
 
         def update() -> None:
             with fast_matmul():

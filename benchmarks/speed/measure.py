@@ -20,7 +20,7 @@ Table = dict[str, dict[str, Any]]
 
 
 def time_in_turns(
-    variants: Variants, rounds: int, clock: Callable[[], float] = time.perf_counter, seconds_at_most: float | None = None
+    variants: Variants, rounds: int, clock: Callable[[], Any] = time.perf_counter, seconds_at_most: float | None = None
 ) -> dict[str, np.ndarray]:
     """
     Time variants in one process, each round in another order, after a call of each to warm up.
@@ -28,11 +28,11 @@ def time_in_turns(
     :param variants: What to time, by name. One that returns a float has timed itself: so many seconds
     :param rounds: How often
     :param clock: ``time.perf_counter`` for what a user waits for; ``time.process_time`` repeats better where other programs
-        run, but counts the time of all threads and none of child processes
+        run, but counts the time of all threads and none of child processes. It may return an array: several clocks at once
     :param seconds_at_most: End after the round (the third at the earliest) in which this much time has gone by; None: do all
-    :return: Seconds of each round, by name
+    :return: Seconds of each round, ``(rounds,)`` or ``(rounds, clocks)``, by name
     """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    seconds: dict[str, list[Any]] = {name: [] for name in variants}
     names = list(variants)
     for variant in variants.values():
         variant()
@@ -164,6 +164,33 @@ def serve(variants: dict[str, Callable[[], Any]], clock: Callable[[], float] = t
         start = clock()
         own = variants[line.strip()]()
         print(own if isinstance(own, float) else clock() - start, file=answers, flush=True)
+
+
+def process_tree() -> list[int]:
+    """
+    :return: Process ids of this process and of those below it (Linux only)
+    """
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(status.parent.name)] = int(status.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:  # it has ended
+            continue
+    tree = [os.getpid()]
+    for pid in tree:  # it grows while it is read
+        tree += [child for child, parent in parents.items() if parent == pid]
+    return tree
+
+
+def memory_of_processes() -> int:
+    """
+    :return: Bytes of this process and of those below it; pages that they share count once (Linux only)
+    """
+    total = 0
+    for pid in process_tree():
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        total += 1024 * int(next(line for line in rollup.splitlines() if line.startswith("Pss:")).split()[1])
+    return total
 
 
 def machine_line() -> str:

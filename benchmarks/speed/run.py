@@ -10,11 +10,12 @@ process_time`` the figures of the learners hold even where other programs run.
 import argparse
 import itertools
 import json
-import os
+import multiprocessing
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from benchmarks.speed.measure import (
     Table,
     Variants,
     machine_line,
+    memory_of_processes,
     print_table,
     report,
     summarize,
@@ -118,6 +120,7 @@ class Learners:
         programs = [
             {"SB3 SAC": learner("sb3")},
             {"bare PyTorch loop": learner("bare")},
+            {"its matrix products alone": learner("products")},
             {"MTSAC cpu_tuning=False": learner("mtsac", cpu_tuning=False)},
             ours,
         ]
@@ -226,49 +229,55 @@ def array_bytes(buffer: ReplayBuffer) -> int:
     return sum(value.nbytes for value in vars(buffer).values() if isinstance(value, np.ndarray))
 
 
+def replay_megabytes(num_tasks: int, n_rows: int) -> dict[str, float]:
+    """
+    :param num_tasks: Number of tasks T, and of sub-environments
+    :param n_rows: Transitions
+    :return: Megabytes of SB3's replay buffer and of ours, by name
+    """
+    observation_space = spaces.Box(-np.inf, np.inf, (OBS_DIM + num_tasks,), np.float32)
+    action_space = spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
+    megabytes = {}
+    for buffer_class, kwargs in ((ReplayBuffer, {}), (MultiTaskReplayBuffer, {"num_tasks": num_tasks})):
+        arguments: tuple[Any, ...] = (observation_space, action_space, "cpu", num_tasks)
+        small, large = (array_bytes(buffer_class(n, *arguments, **kwargs)) for n in (1000, 2000))
+        # What does not grow with the rows is small
+        megabytes[f"{buffer_class.__name__} T={num_tasks}"] = (large - small) / 1000 * n_rows / 1e6
+    return megabytes
+
+
+def env_megabytes(vec_env: str, n_envs: int) -> float:
+    """
+    :param vec_env: "dummy", "subproc" or "shared"
+    :param n_envs: Number of sub-environments on MT10
+    :return: Megabytes that they add to this process, those of their own processes included (Linux)
+    """
+    before = memory_of_processes()
+    venv = make_multi_task_vec_env("MT10", n_envs, seed=0, vec_env=vec_env)
+    venv.reset()
+    megabytes = (memory_of_processes() - before) / 1e6
+    venv.close()
+    return megabytes
+
+
 def measure_memory(n_rows: int = 1_000_000, n_envs: Sequence[int] = (1, 10, 20)) -> dict[str, float]:
     """
     :param n_rows: Transitions of the replay buffers
     :param n_envs: Numbers of sub-environments
-    :return: Megabytes of replay buffers over T, and of MT10's environments over their number (with their processes; Linux)
+    :return: Megabytes of replay buffers over T, and of MT10's environments over their number
     """
     megabytes = {}
     for num_tasks in (1, 10, 50):
-        observation_space = spaces.Box(-np.inf, np.inf, (OBS_DIM + num_tasks,), np.float32)
-        action_space = spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
-        for buffer_class, kwargs in ((ReplayBuffer, {}), (MultiTaskReplayBuffer, {"num_tasks": num_tasks})):
-            arguments: tuple[Any, ...] = (observation_space, action_space, "cpu", num_tasks)
-            small, large = (array_bytes(buffer_class(n, *arguments, **kwargs)) for n in (1000, 2000))
-            # What does not grow with the rows is small
-            megabytes[f"{buffer_class.__name__} T={num_tasks}"] = (large - small) / 1000 * n_rows / 1e6
+        megabytes.update(replay_megabytes(num_tasks, n_rows))
     if Path("/proc/self/smaps_rollup").exists():
         for vec_env, n in itertools.product(("dummy", "subproc", "shared"), n_envs):
-            before = memory_of_processes()
-            venv = make_multi_task_vec_env("MT10", n, seed=0, vec_env=vec_env)
-            venv.reset()
-            megabytes[f"MT10, {vec_env}, n_envs={n}"] = (memory_of_processes() - before) / 1e6
-            venv.close()
+            # In a new process: memory that this one has from what it did before would be counted as none
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                megabytes[f"MT10, {vec_env}, n_envs={n}"] = pool.submit(env_megabytes, vec_env, n).result()
     print(f"\nmemory, MB ({n_rows} transitions)")
     for name, size in megabytes.items():
         print(f"{name:40s} {size:8.0f}")
     return megabytes
-
-
-def memory_of_processes() -> int:
-    """Bytes of this process and of those below it; pages that they share count once (Linux only)."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(status.parent.name)] = int(status.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:  # it has ended
-            continue
-    total, pending = 0, [os.getpid()]
-    while pending:
-        pid = pending.pop()
-        pending += [child for child, parent in parents.items() if parent == pid]
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        total += 1024 * int(next(line for line in rollup.splitlines() if line.startswith("Pss:")).split()[1])
-    return total
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -290,7 +299,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.barh(list(rows), ratios, xerr=spread)
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.invert_yaxis()
-        axes.set(title=title, xlabel=f"speed by that of {next(iter(rows))}")
+        axes.set(title=title, xlabel=f"speed by that of\n{next(iter(rows))}")
     figure.suptitle(textwrap.fill(results["machine"], 70 * len(bars)), fontsize=7)
     figure.savefig(path)
 

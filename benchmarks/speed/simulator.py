@@ -6,18 +6,14 @@ Speed of the Meta-World environments: ``python -m benchmarks.speed.simulator``.
 * one environment step in the vector environments on MT10, in wall-clock time, which needs a quiet machine, and in CPU time of
   this process and its workers (Linux).
 
-The variants of a table take turns, each round in another order; a ratio is the median over the rounds of the first variant's
-time by this one's. Quote the ratios and the load average, not the times.
+How is said in ``benchmarks.speed.measure``. Quote the ratios and the load average, not the times.
 """
 
 import argparse
 import json
 import multiprocessing as mp
-import os
-import platform
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +21,16 @@ import mujoco
 import numpy as np
 
 import sb3_mtrl
+from benchmarks.speed.measure import Variants, machine_line, report, time_in_turns
 from sb3_mtrl.common.vec_env import make_multi_task_vec_env
 from sb3_mtrl.envs import MetaWorldMultiTaskEnv, list_tasks
 
 TASKS = list_tasks("MT10")
 NO_END = 10**9
-Variants = dict[str, Callable[[], Any]]
 
 
 def random_actions(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(-1, 1, (*shape, 4)).astype(np.float32)
-
-
-def time_in_turns(variants: Variants, rounds: int, clock: Callable[[], Any]) -> dict[str, np.ndarray]:
-    """
-    :param variants: What to time, by name
-    :param rounds: How often
-    :param clock: Returns seconds, or an array of them by several clocks
-    :return: Seconds of each round (rounds, ...), by name
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    for name in names:
-        variants[name]()  # warm up
-    for round_index in range(rounds):
-        shift = round_index % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = clock()
-            variants[name]()
-            seconds[name].append(clock() - start)
-    return {name: np.array(values) for name, values in seconds.items()}
 
 
 def cpu_time() -> float:
@@ -67,28 +43,6 @@ def cpu_time() -> float:
 
 def wall_and_cpu_time() -> np.ndarray:
     return np.array([time.perf_counter(), cpu_time() if sys.platform == "linux" else np.nan])
-
-
-def report(title: str, seconds: dict[str, np.ndarray], per_call: int) -> dict[str, Any]:
-    """
-    Print a table and return it.
-
-    :param title: Its title; the first variant is the one that the others are compared with
-    :param seconds: What ``time_in_turns`` returned
-    :param per_call: How many steps or resets one call did
-    :return: Medians, spread and ratios by variant, and the load average
-    """
-    reference = next(iter(seconds.values()))
-    load = os.getloadavg()[0]
-    print(f"\n{title} (load average {load:.1f})")
-    print(f"{'':24s} {'median us':>10s} {'quartiles':>19s} {'per second':>11s} {'speed ratio':>12s}")
-    table: dict[str, Any] = {}
-    for name, values in seconds.items():
-        low, median, high = np.percentile(values / per_call * 1e6, [25, 50, 75])
-        ratio = float(np.median(reference / values))
-        print(f"{name:24s} {median:10.1f} {low:9.1f}-{high:9.1f} {1e6 / median:11.0f} {ratio:12.2f}", flush=True)
-        table[name] = {"median_us": float(median), "quartiles_us": [float(low), float(high)], "speed_ratio": ratio}
-    return {"load_average": load, "variants": table}
 
 
 def make_envs(fast: bool) -> list[MetaWorldMultiTaskEnv]:
@@ -122,7 +76,8 @@ def measure_steps(rounds: int, n_steps: int = 100) -> dict[str, Any]:
         "fast=True": lambda: step_all(fast),
         "physics alone": lambda: [step_physics(env, actions) for env in physics],
     }
-    return report("one step, mean over MT10", time_in_turns(variants, rounds, time.process_time), n_steps * len(TASKS))
+    seconds = time_in_turns(variants, rounds, time.process_time)
+    return report("one step, mean over MT10", seconds, n_steps * len(TASKS))
 
 
 def measure_resets(rounds: int) -> dict[str, Any]:
@@ -188,7 +143,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=None, help="of the shared-memory vector environment (default: cores)")
     parser.add_argument("--output", type=Path, default=None, help="write the tables to this JSON file")
     args = parser.parse_args()
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, MuJoCo {mujoco.__version__}"
+    machine = f"{machine_line()}, MuJoCo {mujoco.__version__}"
     print(f"sb3_mtrl {sb3_mtrl.__version__}, {machine}, {args.rounds} rounds")
     results = {
         "machine": machine,
