@@ -1,11 +1,13 @@
 """The grid runner of ``benchmarks/learning``: commands, stop and resume, tables."""
 
+import contextlib
 import json
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import yaml
 
 from benchmarks.learning import run
-from benchmarks.learning.results import read_results
+from benchmarks.learning.results import locked, read_results
 from sb3_mtrl import PaCoSAC
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.utils import hyperparams_path
@@ -95,6 +97,28 @@ def test_run_resumes_and_is_collected_once(presets: Path) -> None:
     assert len(read_results(results / "tiny_final.csv")) == 2
     (summary,) = read_results(results / "tiny_runs.csv")
     assert summary["steps"] == "240" and summary["dropped_updates"] == "0" and int(summary["seconds"]) >= 0
+
+    # A crash before the last of the three tables: the next one completes them
+    tables = {path: path.read_text() for path in results.glob("*.csv")}
+    (results / "tiny_runs.csv").unlink()
+    (results / "tiny_final.csv").write_text("")
+    assert run.collect([paco], results) == 1
+    assert {path: path.read_text() for path in results.glob("*.csv")} == tables
+
+    # Another process collects between the look at the tables and their lock
+    @contextlib.contextmanager
+    def locked_second(path: Path) -> Iterator[None]:
+        run.locked = locked
+        assert run.collect([paco], results) == 1
+        with locked(path):
+            yield
+
+    for path in tables:
+        path.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "locked", locked_second)
+        assert run.collect([paco], results) == 0
+    assert {path: path.read_text() for path in results.glob("*.csv")} == tables
 
 
 def test_a_crash_while_a_checkpoint_is_written(tmp_path: Path) -> None:

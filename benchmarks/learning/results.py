@@ -1,6 +1,10 @@
 """Results files of the learning benchmarks: one line per finished run, so that a benchmark continues where it stopped."""
 
 import csv
+import fcntl
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +33,24 @@ def append_results(path: Path, rows: list[dict[str, Any]]) -> None:
     :param path: The results file, made if it is not there
     :param rows: Rows for its end, at least one, with the same columns
     """
-    is_new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    if not path.exists() or path.stat().st_size == 0:
+        writer.writeheader()
+    writer.writerows(rows)
+    with path.open("ab", buffering=0) as file:
+        file.write(text.getvalue().encode())  # in one piece: a crash must not leave half of them
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """
+    Wait until no other process is in this context with the same file.
+
+    :param path: The results file, made (empty) if it is not there
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -40,7 +40,7 @@ from rl_zoo3.utils import EnvironmentName
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from benchmarks.learning.results import append_result, append_results, read_results
+from benchmarks.learning.results import append_results, locked, read_results
 from sb3_mtrl.common.results import RunHistory, read_evaluations, read_progress
 from sb3_mtrl.evaluate import evaluate_run
 from sb3_mtrl.zoo import register
@@ -257,7 +257,7 @@ def train(cell: Cell, device: str = "auto") -> bool:
 
 def collect(cells: Sequence[Cell], results: Path) -> int:
     """
-    Append the rows of finished runs that the tables do not hold.
+    Append the rows of finished runs that the tables do not hold; several processes may do so at a time.
 
     :param cells: The grid
     :param results: Folder of the tables
@@ -276,12 +276,15 @@ def collect(cells: Sequence[Cell], results: Path) -> int:
         _, columns = read_progress(cell.run_folder, COUNTS)
         # Rows of evaluations hold none
         counts = {name.rpartition("/")[2]: int(np.nanmax(columns[name])) if name in columns else "" for name in COUNTS}
-        append_results(results / f"{cell.preset}.csv", cell.history().rows())
-        append_results(results / f"{cell.preset}_final.csv", final)
-        # The last of the three: it says that the run is in the tables
-        row = {**key, "steps": steps, "seconds": finished["seconds"], **counts}
-        append_result(results / f"{cell.preset}_runs.csv", row)
-        n_added += 1
+        summary = {**key, "steps": steps, "seconds": finished["seconds"], **counts}
+        runs_path = results / f"{cell.preset}_runs.csv"
+        # The last of the three says that the run is in the tables: a crash may have left the others with it
+        tables = {f"{cell.preset}.csv": cell.history().rows(), f"{cell.preset}_final.csv": final, runs_path.name: [summary]}
+        with locked(runs_path):
+            n_added += not is_collected(cell, results)
+            for name, rows in tables.items():
+                if not holds_run(results / name, cell):
+                    append_results(results / name, rows)
     return n_added
 
 
@@ -291,8 +294,17 @@ def is_collected(cell: Cell, results: Path) -> bool:
     :param results: Folder of the tables
     :return: Whether its rows are in the tables
     """
+    return holds_run(results / f"{cell.preset}_runs.csv", cell)
+
+
+def holds_run(path: Path, cell: Cell) -> bool:
+    """
+    :param path: A table
+    :param cell: A run
+    :return: Whether it holds rows of the run
+    """
     key = (cell.method, cell.env, str(cell.seed))
-    return any((row["method"], row["env"], row["seed"]) == key for row in read_results(results / f"{cell.preset}_runs.csv"))
+    return any((row["method"], row["env"], row["seed"]) == key for row in read_results(path))
 
 
 def status_line(cell: Cell, state: str) -> str:
