@@ -106,12 +106,16 @@ def evaluate_run(
     :return: The result
     :raises ValueError: for a bad argument
     """
-    env_kwargs = dict(env_kwargs or {})
-    if protocol is not None:
-        env_kwargs["horizon"] = PROTOCOLS[protocol].horizon
+    asked_for = dict(env_kwargs or {})
+    settled = {} if protocol is None else {"horizon": PROTOCOLS[protocol].horizon}
+    env_kwargs = {**asked_for, **settled}
     goal_list = run.goal_list_kwargs(env_kwargs)
     if protocol is not None and not goal_list:
         raise ValueError(f"protocol={protocol!r} is about Meta-World's environments, got {run.env_id}")
+    for name, value in {**settled, **goal_list}.items():
+        if asked_for.get(name, value) != value:
+            settled_by = f"protocol={protocol!r}" if name in settled else "an evaluation on the lists of goals"
+            raise ValueError(f"env_kwargs must leave {name} to {settled_by} ({value!r}), got {asked_for[name]!r}")
     env = run.make_env({**env_kwargs, **goal_list}, n_envs, vec_env, DEFAULT_EVAL_SEED)
     try:
         if env.num_envs > get_num_tasks(env):

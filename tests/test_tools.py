@@ -29,7 +29,7 @@ from sb3_mtrl.common.results import (
 )
 from sb3_mtrl.common.statistics import interquartile_mean, stratified_bootstrap, success_interval_over_runs
 from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize
-from sb3_mtrl.zoo.runs import find_run
+from sb3_mtrl.zoo.runs import TrainedRun, find_run
 from tests.test_zoo import ENV_ID, TINY_ENV, TINY_NETS, zoo_train
 from tests.tiny_envs import PointTasksEnv
 
@@ -146,6 +146,22 @@ def test_evaluate_refuses(arguments: list[str], message: str, logs: Path, capsys
         command(sb3_mtrl.evaluate, "mtsac", logs, *arguments)
     assert stop.value.code == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "env_kwargs", "message"),
+    [
+        ("paper", {"horizon": 100}, r"env_kwargs must leave horizon to protocol='paper' \(150\), got 100"),
+        (None, {"goals": "random"}, r"env_kwargs must leave goals to an evaluation .* \('cycle'\), got 'random'"),
+        ("standard", {"success": "last"}, r"env_kwargs must leave success to an evaluation .* \('any'\), got 'last'"),
+    ],
+)
+def test_what_an_evaluation_settles_is_not_overridden(
+    protocol: str | None, env_kwargs: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    run = TrainedRun("mtsac", "MetaWorld-MT3-v3", 1, tmp_path, tmp_path / "MetaWorld-MT3-v3.zip")
+    with pytest.raises(ValueError, match=message):
+        sb3_mtrl.evaluate.evaluate_run(run, protocol=protocol, env_kwargs=env_kwargs)
 
 
 def test_success_interval_over_runs() -> None:
