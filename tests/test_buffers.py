@@ -213,7 +213,8 @@ def test_normalised_batches_keep_the_one_hot_and_use_each_task_s_reward_scale():
         (dict(n_envs=0), "n_envs must be at least 1, got 0"),
         (dict(buffer_size=2), "buffer_size must be at least num_tasks=3, got 2"),
         (dict(optimize_memory_usage=True), "optimize_memory_usage must be False"),
-        (dict(extra_columns={"h": 0}), "'h': 0"),
+        (dict(extra_columns={"obs": 2}), "extra_columns must have other names than obs, next_obs, .*, got 'obs'"),
+        (dict(extra_columns={"h": 0}), "the width of 'h' in extra_columns must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments(kwargs, message):

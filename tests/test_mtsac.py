@@ -257,6 +257,8 @@ def test_unassigned_tasks_are_warned_about():
         (dict(max_grad_norm=0.0), "max_grad_norm must be above 0 or None, got 0"),
         (dict(max_ent_coef=-1.0), "max_ent_coef must be above 0 or None, got -1"),
         (dict(policy_kwargs=dict(log_std_bounds=(2, -10))), "log_std_bounds must be"),
+        (dict(policy_kwargs=dict(num_tasks=2)), "num_tasks in policy_kwargs must be the argument num_tasks=3 of"),
+        (dict(replay_buffer_kwargs=dict(num_tasks=2)), "num_tasks in replay_buffer_kwargs must be one of 3, got 2"),
     ],
 )
 def test_bad_arguments(algorithm, kwargs, message):

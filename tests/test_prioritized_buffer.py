@@ -2,11 +2,13 @@
 
 import io
 import pickle
+import warnings
 
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import EveryNTimesteps
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 
 from sb3_mtrl import CMTASAC, MTSAC, STARSSAC, TSACSAC, PaCoSAC
@@ -715,6 +717,19 @@ def test_logged_shares():
     assert logged["train/priority_success_worst"] == 0.0
     shares = [logged[f"train/priority_task/point-{task}"] for task in range(3)]
     assert shares == pytest.approx([0.1 / 1.6, 0.5 / 1.6, 1 / 1.6])
+
+
+def test_performance_of_evaluations_without_evaluations_is_warned_about():
+    model = make_model(STARSSAC, performance_source="eval")
+    idle = MultiTaskEvalCallback(make_env(), eval_freq=-1, verbose=0)
+    for callback in (None, idle):
+        with pytest.warns(UserWarning, match="performance_source='eval' needs the evaluations of a MultiTaskEvalCallback"):
+            model.learn(3, callback=callback)
+    evaluation = MultiTaskEvalCallback(make_env(), eval_freq=1000, verbose=0)
+    for callback in (evaluation, [evaluation], EveryNTimesteps(1000, evaluation)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="performance_source")
+            model.learn(3, callback=callback)
 
 
 def test_evaluation_feeds_the_task_priorities_where_asked_to():

@@ -28,7 +28,7 @@ from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import record_per_task
 from sb3_mtrl.common.torch_layers import info_nce_losses
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses
-from sb3_mtrl.common.utils import check_choice, polyak_update_, step_unless
+from sb3_mtrl.common.utils import check_choice, check_integer, check_number, polyak_update_, step_unless
 from sb3_mtrl.mtsac.mtsac import MTSAC, ReplaySamples
 from sb3_mtrl.mtsac.policies import sample_squashed_gaussian
 
@@ -135,16 +135,14 @@ class CMTASAC(MTSAC):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        if n_experts < 1:
-            raise ValueError(f"n_experts must be at least 1, got {n_experts}")
+        check_integer("n_experts", n_experts, 1)
+        check_choice("use_temporal", use_temporal, (True, False))
         check_choice("gate_sharing", gate_sharing, GATE_SHARING)
         check_choice("ent_coef_loss", ent_coef_loss, ("alpha", "log_alpha"))
-        if not contrastive_coef >= 0:
-            raise ValueError(f"contrastive_coef must be at least 0, got {contrastive_coef}")
-        if not contrastive_temperature > 0:
-            raise ValueError(f"contrastive_temperature must be above 0, got {contrastive_temperature}")
-        if not 0 < encoder_tau <= 1:
-            raise ValueError(f"encoder_tau must be in (0, 1], got {encoder_tau}")
+        check_number("contrastive_coef", contrastive_coef, 0)
+        check_number("contrastive_temperature", contrastive_temperature, above=0)
+        check_number("encoder_tau", encoder_tau, above=0, at_most=1)
+        check_choice("recompute_states", recompute_states, (True, False))
         if recompute_states and not use_temporal:
             raise ValueError("recompute_states must be False with use_temporal=False, got True (there are no states)")
         super().__init__(
@@ -222,6 +220,7 @@ class CMTASAC(MTSAC):
         self._check_replay_settings("use_temporal=True", "does not store recurrent states")
         if "extra_columns" in self.replay_buffer_kwargs:
             raise ValueError("replay_buffer_kwargs must not set extra_columns with use_temporal=True, which needs its own")
+        check_integer("lstm_hidden_dim", self._lstm_hidden_dim, 1)
 
     def _policy_settings(self) -> dict[str, Any]:
         settings = super()._policy_settings()
@@ -236,9 +235,12 @@ class CMTASAC(MTSAC):
         return settings
 
     def _state_columns(self) -> dict[str, int]:
-        lstm_hidden_dim = {"lstm_hidden_dim": 64, **self.policy_kwargs}["lstm_hidden_dim"]
         names = (STATE,) if self.recompute_states else (STATE, NEXT_STATE)
-        return {name: 2 * lstm_hidden_dim for name in names}
+        return {name: 2 * self._lstm_hidden_dim for name in names}
+
+    @property
+    def _lstm_hidden_dim(self) -> int:
+        return self.policy_kwargs.get("lstm_hidden_dim", 64)
 
     @property
     def _is_contrastive(self) -> bool:

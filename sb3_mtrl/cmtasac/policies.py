@@ -11,7 +11,7 @@ from torch import nn
 
 from sb3_mtrl.common.policies import Layers
 from sb3_mtrl.common.torch_layers import ExpertGate, Experts, TaskEncoder, base_observation_space, xavier_init_
-from sb3_mtrl.common.utils import check_choice, split_observation
+from sb3_mtrl.common.utils import check_choice, check_integer, check_widths, split_observation
 from sb3_mtrl.mtsac.policies import MTSACActor, MTSACCritic, MTSACPolicy, sample_squashed_gaussian
 
 GATE_SHARING = ("full", "released", "actor")
@@ -456,8 +456,9 @@ class CMTAPolicy(MTSACPolicy):
             ("lstm_hidden_dim", lstm_hidden_dim),
             ("task_embedding_dim", task_embedding_dim),
         ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_integer(name, value, 1)
+        check_widths("expert_arch", expert_arch)
+        check_widths("task_encoder_arch", task_encoder_arch)
         base_space = base_observation_space(observation_space, num_tasks) if num_tasks > 1 else observation_space
         is_vector = isinstance(base_space, spaces.Box) and len(base_space.shape) == 1
         if use_temporal and not is_vector:

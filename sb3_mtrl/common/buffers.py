@@ -9,7 +9,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples
-from sb3_mtrl.common.utils import task_ids_from_observation
+from sb3_mtrl.common.utils import check_choice, check_integer, check_that, task_ids_from_observation
 from sb3_mtrl.common.vec_env import VecTaskNormalize
 
 try:
@@ -17,6 +17,9 @@ try:
     import psutil
 except ImportError:
     psutil = None
+
+# Parts of a stored row
+OWN_COLUMNS = ("obs", "next_obs", "action", "reward", "done")
 
 
 class MultiTaskReplayBuffer(ReplayBuffer):
@@ -58,12 +61,15 @@ class MultiTaskReplayBuffer(ReplayBuffer):
     ):
         if optimize_memory_usage:
             raise ValueError("optimize_memory_usage must be False with MultiTaskReplayBuffer, got True")
-        if num_tasks < 1:
-            raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+        check_integer("num_tasks", num_tasks, 1)
+        check_integer("buffer_size", buffer_size, 1)
+        check_integer("n_envs", n_envs, 1)
+        check_choice("handle_timeout_termination", handle_timeout_termination, (True, False))
+        check_choice("task_in_observation", task_in_observation, (True, False))
+        is_mapping = extra_columns is None or isinstance(extra_columns, Mapping)
+        check_that("extra_columns", extra_columns, is_mapping, "a mapping from names to widths or None")
         if num_tasks > 1 and not task_in_observation:
             raise ValueError(f"task_in_observation must be True with num_tasks={num_tasks}, got False")
-        if n_envs < 1:
-            raise ValueError(f"n_envs must be at least 1, got {n_envs}")
         one_hot_dim = num_tasks if task_in_observation else 0
         if not isinstance(observation_space, spaces.Box) or len(observation_space.shape) != 1:
             expected = f"(n + {num_tasks},) with the task's one-hot at its end" if task_in_observation else "(n,)"
@@ -83,8 +89,9 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         self.handle_timeout_termination = handle_timeout_termination
         self.extra_columns = dict(extra_columns or {})
         for name, width in self.extra_columns.items():
-            if width < 1:
-                raise ValueError(f"extra_columns must map names to widths of at least 1, got {name!r}: {width}")
+            if name in OWN_COLUMNS:
+                raise ValueError(f"extra_columns must have other names than {', '.join(OWN_COLUMNS)}, got {name!r}")
+            check_integer(f"the width of {name!r} in extra_columns", width, 1)
 
         self.capacity_per_task = buffer_size // num_tasks
         self.buffer_size = self.capacity_per_task * num_tasks
@@ -96,14 +103,8 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         self._warn_if_too_large()
 
     def _layout(self) -> dict[str, slice]:
-        widths = {
-            "obs": self.base_dim,
-            "next_obs": self.base_dim,
-            "action": self.action_dim,
-            "reward": 1,
-            "done": 1,
-            **self.extra_columns,
-        }
+        own_widths = (self.base_dim, self.base_dim, self.action_dim, 1, 1)
+        widths = {**dict(zip(OWN_COLUMNS, own_widths, strict=True)), **self.extra_columns}
         ends = np.cumsum(list(widths.values())).tolist()
         return {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends, strict=True)}
 

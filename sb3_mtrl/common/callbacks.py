@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_norm
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, evaluate_multi_task_policy, format_success_rates, task_id_of_step
 from sb3_mtrl.common.prioritized import TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.type_aliases import TaskLosses
-from sb3_mtrl.common.utils import check_choice, get_num_tasks, get_task_names
+from sb3_mtrl.common.utils import check_choice, check_integer, check_number, get_num_tasks, get_task_names
 
 # Not a seed that people give to a training, so that the goals of training and evaluation are different draws
 DEFAULT_EVAL_SEED = 1_000_000
@@ -24,6 +25,8 @@ MAX_EPISODES_PER_GATE = 20
 MAX_TASKS_IN_CONSOLE = 10
 # What is left of a longer key in SB3's console table: ``max_length`` of its HumanOutputFormat, less the dots
 CONSOLE_KEY_LENGTH = 36 - len("...")
+# How a w-reset draws its mixtures, see ``WResetCallback``
+SIMPLEX_DRAWS = ("dirichlet", "l1_uniform")
 
 
 def record_per_task(logger: Logger, prefix: str, values: Mapping[str, float], console: bool = True) -> None:
@@ -68,8 +71,7 @@ class TaskSuccessCallback(BaseCallback):
 
     def __init__(self, window_size: int = 100, verbose: int = 0):
         super().__init__(verbose)
-        if window_size < 1:
-            raise ValueError(f"window_size must be at least 1, got {window_size}")
+        check_integer("window_size", window_size, 1)
         self.window_size = window_size
         self.task_names: tuple[str, ...] = ()
         self._successes: list[deque[float]] = []
@@ -183,8 +185,7 @@ class MultiTaskEvalCallback(EvalCallback):
         warn: bool = True,
         seed: int | None = DEFAULT_EVAL_SEED,
     ):
-        if n_eval_episodes < 1:
-            raise ValueError(f"n_eval_episodes must be at least 1, got {n_eval_episodes}")
+        check_integer("n_eval_episodes", n_eval_episodes, 1)
         super().__init__(
             eval_env,
             callback_on_new_best=callback_on_new_best,
@@ -277,9 +278,12 @@ class MultiTaskEvalCallback(EvalCallback):
         if evaluation.has_success:
             self.last_task_success = dict(zip(self.task_names, evaluation.success_rates.tolist(), strict=True))
             self._is_success_buffer = evaluation.successes.astype(bool).tolist()
-            replay_buffer = getattr(self.model, "replay_buffer", None)
-            if isinstance(replay_buffer, TaskPrioritizedReplayBuffer) and replay_buffer.performance_source == "eval":
+        replay_buffer = getattr(self.model, "replay_buffer", None)
+        if isinstance(replay_buffer, TaskPrioritizedReplayBuffer) and replay_buffer.performance_source == "eval":
+            if evaluation.has_success:
                 replay_buffer.set_task_performance(evaluation.success_rates)
+            else:
+                warnings.warn("the evaluation tells nothing of success: the shares of the tasks stay equal", stacklevel=2)
         if self.log_path is None:
             return
         self.evaluations_timesteps.append(self.num_timesteps)
@@ -382,6 +386,17 @@ class MultiTaskEvalCallback(EvalCallback):
         # Dump log so the evaluation results are printed with the correct timestep
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(self.num_timesteps)
+
+
+def has_multi_task_evaluation(callback: BaseCallback) -> bool:
+    """
+    :param callback: A callback, which may hold others
+    :return: Whether it is or holds a ``MultiTaskEvalCallback`` that evaluates
+    """
+    if isinstance(callback, MultiTaskEvalCallback):
+        return callback.eval_freq > 0
+    inner = [*getattr(callback, "callbacks", []), getattr(callback, "callback", None)]
+    return any(has_multi_task_evaluation(one) for one in inner if isinstance(one, BaseCallback))
 
 
 class ProgressFileCallback(BaseCallback):
@@ -569,8 +584,7 @@ class LossMaskoutCallback(BaseCallback):
 
     def __init__(self, threshold: float = 3000.0, loss: str = "total", verbose: int = 0):
         super().__init__(verbose)
-        if not threshold >= 0:
-            raise ValueError(f"threshold must be at least 0, got {threshold}")
+        check_number("threshold", threshold, 0, finite=False)
         check_choice("loss", loss, ("total", "critic"))
         self.threshold = threshold
         self.loss = loss
@@ -632,7 +646,7 @@ class WResetCallback(BaseCallback):
 
     def __init__(self, simplex: str = "dirichlet", reset_moments: bool = False, seed: int | None = None, verbose: int = 0):
         super().__init__(verbose)
-        check_choice("simplex", simplex, ("dirichlet", "l1_uniform"))
+        check_choice("simplex", simplex, SIMPLEX_DRAWS)
         self.simplex = simplex
         self.reset_moments = reset_moments
         self.seed = seed

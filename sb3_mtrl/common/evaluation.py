@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.utils import is_vectorized_observation
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, is_vecenv_wrapped
 
-from sb3_mtrl.common.utils import get_num_tasks, get_task_names, task_ids_from_observation
+from sb3_mtrl.common.utils import check_integer, get_num_tasks, get_task_names, task_ids_from_observation
 
 # A sub-environment that chooses its tasks at random misses one of T tasks in 20 * T episodes with probability exp(-20)
 MAX_UNCOUNTED_EPISODES_PER_TASK = 20
@@ -192,8 +192,7 @@ def wilson_interval(n_successes: float, n_episodes: int, confidence: float = 0.9
     :return: Lower and upper end, in [0, 1]
     :raises ValueError: if an argument is out of its range
     """
-    if n_episodes < 1:
-        raise ValueError(f"n_episodes must be at least 1, got {n_episodes}")
+    check_integer("n_episodes", n_episodes, 1)
     if not 0 <= n_successes <= n_episodes:
         raise ValueError(f"n_successes must be in [0, n_episodes={n_episodes}], got {n_successes}")
     if not 0.0 < confidence < 1.0:

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples
-from sb3_mtrl.common.utils import check_choice
+from sb3_mtrl.common.utils import check_choice, check_integer, check_number
 
 TASK_PRIORITIES = ("linear", "softmax", "rank", "uniform")
 PER_STYLES = ("schaul", "alf")
@@ -147,7 +147,7 @@ class SuccessWindows:
     """
 
     def __init__(self, num_tasks: int, window_size: int):
-        self.windows: list[deque[float]] = [deque(maxlen=window_size) for _ in range(num_tasks)]
+        self.windows: list[deque[float]] = [deque(maxlen=int(window_size)) for _ in range(num_tasks)]
         self.start_episodes(0)
 
     def start_episodes(self, n_envs: int) -> None:
@@ -282,26 +282,24 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         performance_window: int = 20,
     ):
         for name, value in (("alpha", alpha), ("beta", beta), ("beta_end", beta_end)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
-        if not eps > 0:
-            raise ValueError(f"eps must be above 0, got {eps}")
-        if not eps < max_priority < math.inf:
+            check_number(name, value, 0, at_most=1)
+        check_number("eps", eps, above=0)
+        check_number("max_priority", max_priority)
+        if not eps < max_priority:
             raise ValueError(f"max_priority must be finite and above eps={eps}, got {max_priority}")
+        check_number("rho_min", rho_min, finite=False)
+        check_number("rho_max", rho_max, finite=False)
         if not 0 <= rho_min <= rho_max or not 0 < rho_max < math.inf:
             raise ValueError(
                 f"rho_min and rho_max must satisfy 0 <= rho_min <= rho_max and 0 < rho_max, got {rho_min}, {rho_max}"
             )
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        check_number("temperature", temperature, above=0)
         check_choice("task_priority", task_priority, TASK_PRIORITIES)
         check_choice("per_style", per_style, PER_STYLES)
         check_choice("performance_source", performance_source, PERFORMANCE_SOURCES)
-        for name, count in (("min_rows_per_task", min_rows_per_task), ("performance_window", performance_window)):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        if rows_per_group is not None and rows_per_group < 1:
-            raise ValueError(f"rows_per_group must be at least 1 or None, got {rows_per_group}")
+        check_integer("min_rows_per_task", min_rows_per_task, 1)
+        check_integer("rows_per_group", rows_per_group, 1, or_none=True)
+        check_integer("performance_window", performance_window, 1)
         super().__init__(
             buffer_size,
             observation_space,

@@ -9,6 +9,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_
 from torch import nn
 
 from sb3_mtrl.common.torch_layers import CompositionalExtractor, CompositionalLinear, CompositionalMLP
+from sb3_mtrl.common.utils import check_integer, check_widths
 
 # The unique features join the shared ones after this many layers
 N_SHARED_LAYERS = 2
@@ -248,8 +249,8 @@ class SharedUniqueExtractor(BaseFeaturesExtractor):
         w_init: str = "normal",
         activation_fn: type[nn.Module] = nn.ReLU,
     ):
-        if unique_dim < 0:
-            raise ValueError(f"unique_dim must be at least 0, got {unique_dim}")
+        check_integer("unique_dim", unique_dim, 0)
+        check_widths("unique_arch", unique_arch)
         shared = CompositionalExtractor(observation_space, num_tasks, n_param_sets, net_arch, w_init, activation_fn)
         super().__init__(observation_space, features_dim=shared.features_dim + unique_dim)
         self.shared = shared

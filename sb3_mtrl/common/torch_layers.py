@@ -8,7 +8,7 @@ import torch as th
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from torch import nn
 
-from sb3_mtrl.common.utils import check_choice, split_observation
+from sb3_mtrl.common.utils import check_choice, check_integer, check_widths, split_observation
 
 W_INITS = ("normal", "onehot", "simplex", "uniform")
 W_ACTIVATIONS = ("identity", "softmax", "l2")
@@ -296,8 +296,7 @@ def init_compositional_vectors(num_tasks: int, n_param_sets: int, w_init: str) -
     :raises ValueError: for another ``w_init``, K below 1, or ``"onehot"`` with K other than T
     """
     check_choice("w_init", w_init, W_INITS)
-    if n_param_sets < 1:
-        raise ValueError(f"n_param_sets must be at least 1, got {n_param_sets}")
+    check_integer("n_param_sets", n_param_sets, 1)
     if w_init == "normal":
         return th.randn(num_tasks, n_param_sets)
     if w_init == "onehot":
@@ -350,6 +349,7 @@ class CompositionalExtractor(BaseFeaturesExtractor):
         w_init: str = "normal",
         activation_fn: type[nn.Module] = nn.ReLU,
     ):
+        check_widths("net_arch", net_arch)
         if len(net_arch) == 0:
             raise ValueError("net_arch must name at least one layer width, got none")
         if num_tasks != 1:
@@ -413,8 +413,8 @@ class Experts(StackedMLP):
         net_arch: Sequence[int] = (64,),
         activation_fn: type[nn.Module] = nn.ReLU,
     ):
-        if n_experts < 1:
-            raise ValueError(f"n_experts must be at least 1, got {n_experts}")
+        check_integer("n_experts", n_experts, 1)
+        check_widths("expert_arch", net_arch)
         if len(net_arch) == 0:
             raise ValueError("expert_arch must name at least one layer width, got none")
         layers = [create_mlp(in_features, out_features, list(net_arch), activation_fn) for _ in range(n_experts)]
@@ -441,7 +441,7 @@ class Experts(StackedMLP):
         """
         weight, bias = self._layer(-1, frozen)
         weighted = self._last_hidden(x, frozen) * gate_weights.t().unsqueeze(2)  # (k, B, h)
-        weighted = weighted.transpose(0, 1).reshape(len(x), -1)  # (B, k h)
+        weighted = weighted.transpose(0, 1).flatten(1)  # (B, k h)
         return th.addmm(gate_weights @ bias.squeeze(1), weighted, weight.flatten(0, 1))
 
     def _layer(self, index: int, frozen: bool) -> tuple[th.Tensor, th.Tensor]:
@@ -453,7 +453,7 @@ class Experts(StackedMLP):
         weight, bias = self._layer(0, frozen)
         # The input is shared, so the first layers of all experts are one wide product
         hidden = th.addmm(bias.reshape(-1), x, weight.transpose(0, 1).reshape(x.shape[1], -1))  # (B, k h)
-        hidden = self.activations[0](hidden.view(len(x), self.n_networks, -1).transpose(0, 1))
+        hidden = self.activations[0](hidden.unflatten(1, (self.n_networks, -1)).transpose(0, 1))
         for index in range(1, len(self.weights) - 1):
             weight, bias = self._layer(index, frozen)
             hidden = self.activations[index](th.baddbmm(bias, hidden, weight))
@@ -625,8 +625,7 @@ def base_observation_space(observation_space: gym.spaces.Space, num_tasks: int) 
     :return: Box of shape ``(n,)``
     :raises ValueError: if the space is not such a Box, or ``num_tasks`` is below 1
     """
-    if num_tasks < 1:
-        raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+    check_integer("num_tasks", num_tasks, 1)
     if (
         not isinstance(observation_space, gym.spaces.Box)
         or len(observation_space.shape) != 1

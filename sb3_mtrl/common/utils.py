@@ -1,4 +1,6 @@
+import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -8,6 +10,18 @@ from stable_baselines3.common.vec_env import VecEnv
 ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, th.Tensor)
 
 
+def check_that(name: str, value: Any, is_right: bool, expected: str) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Value got
+    :param is_right: Whether it is what is expected
+    :param expected: What is expected, as it follows "must be"
+    :raises ValueError: if it is not
+    """
+    if not is_right:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """
     :param name: Name of the argument
@@ -15,8 +29,99 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     :param allowed: Values allowed
     :raises ValueError: if the value is not allowed
     """
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    # An array compares entry by entry
+    is_allowed = not isinstance(value, (np.ndarray, th.Tensor)) and value in allowed
+    check_that(name, value, is_allowed, f"one of {', '.join(map(repr, allowed))}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    or_none: bool = False,
+    integer: bool = False,
+    finite: bool = True,
+) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Value got
+    :param at_least: Lowest value allowed; None: no such bound
+    :param above: Bound below all values allowed; None: no such bound
+    :param at_most: Highest value allowed; None: no such bound
+    :param or_none: Whether None is allowed, too
+    :param integer: Whether it has to be an integer
+    :param finite: Whether it has to be finite
+    :raises ValueError: if the value is not such a number (True and False are none)
+    """
+    if value is None and or_none:
+        return
+    is_number = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
+    is_finite = isinstance(value, Integral) or (is_number and math.isfinite(value))  # an integer may be too large for a float
+    in_range = is_number and not (
+        (at_least is not None and not value >= at_least)  # NaN compares false
+        or (above is not None and not value > above)
+        or (at_most is not None and not value <= at_most)
+    )
+    if in_range and (is_finite or not finite):
+        return
+    expected = [] if is_number else ["an integer" if integer else "a number"]
+    if at_most is not None:
+        expected.append(f"in [{at_least}, {at_most}]" if above is None else f"in ({above}, {at_most}]")
+    elif above is not None:
+        expected.append(f"above {above}")
+    elif at_least is not None:
+        expected.append(f"at least {at_least}")
+    if finite and is_number and not is_finite and at_most is None:
+        expected.append("finite")
+    check_that(name, value, False, " and ".join(expected) + (" or None" if or_none else ""))
+
+
+def check_integer(name: str, value: Any, at_least: int, at_most: int | None = None, or_none: bool = False) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Value got
+    :param at_least: Lowest value allowed
+    :param at_most: Highest value allowed; None: no such bound
+    :param or_none: Whether None is allowed, too
+    :raises ValueError: if the value is no such integer
+    """
+    check_number(name, value, at_least, at_most=at_most, or_none=or_none, integer=True)
+
+
+def number_of(value: Any) -> Any:
+    """
+    :param value: A number, or its text (which SB3 takes for some arguments)
+    :return: The number; anything else as it is
+    """
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def check_number_or_auto(name: str, value: Any, at_least: float | None = None) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Value got
+    :param at_least: Lowest number allowed; None: no such bound
+    :raises ValueError: if the value is neither "auto" nor such a number
+    """
+    if not (isinstance(value, str) and value == "auto"):
+        check_number(f"{name} (if not 'auto')", number_of(value), at_least)
+
+
+def check_widths(name: str, widths: Any) -> None:
+    """
+    :param name: Name of the argument
+    :param widths: Widths of the layers of a network, none for a linear one
+    :raises ValueError: if these are no widths
+    """
+    is_sequence = isinstance(widths, Sequence) and not isinstance(widths, str)
+    check_that(name, widths, is_sequence, "a list of layer widths")
+    for width in widths:
+        check_integer(f"each layer width in {name}", width, 1)
 
 
 def get_num_tasks(env: VecEnv) -> int:

@@ -2,6 +2,7 @@ import copy
 import inspect
 import io
 import math
+import os
 import pathlib
 import pickle
 import warnings
@@ -29,13 +30,14 @@ from stable_baselines3.common.type_aliases import (
     Schedule,
     TensorDict,
     TrainFreq,
+    TrainFrequencyUnit,
 )
-from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.utils import get_device, update_learning_rate
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
-from sb3_mtrl.common.callbacks import record_per_task
+from sb3_mtrl.common.callbacks import has_multi_task_evaluation, record_per_task
 from sb3_mtrl.common.cpu_tuning import bfloat16_probe, fast_matmul, learner_threads, tune_process
 from sb3_mtrl.common.policies import single_task_policy
 from sb3_mtrl.common.prioritized import SuccessWindows, TaskPrioritizedReplayBuffer
@@ -43,8 +45,13 @@ from sb3_mtrl.common.torch_layers import base_observation_space
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses, UpdateGuard
 from sb3_mtrl.common.utils import (
     check_choice,
+    check_integer,
+    check_number,
+    check_number_or_auto,
+    check_that,
     get_num_tasks,
     get_task_names,
+    number_of,
     polyak_update_,
     step_unless,
     task_ids_from_observation,
@@ -58,6 +65,55 @@ SelfMTSAC = TypeVar("SelfMTSAC", bound="MTSAC")
 MAX_INPUT = 1e18
 
 ReplaySamples = ReplayBufferSamples | MultiTaskReplayBufferSamples
+
+
+def check_device(device: Any) -> None:
+    """
+    :param device: PyTorch device, or its name
+    :raises ValueError: if PyTorch knows no such device
+    """
+    try:
+        get_device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device must be 'auto' or a device of PyTorch, got {device!r}: {error}") from error
+
+
+def check_train_freq(train_freq: Any) -> None:
+    """
+    :param train_freq: See SB3's ``SAC``
+    :raises ValueError: if it is neither a number of steps nor such a number and its unit
+    """
+    is_pair = isinstance(train_freq, tuple) and len(train_freq) == 2
+    number, unit = train_freq if is_pair else (train_freq, "step")
+    check_choice("the unit of train_freq", getattr(unit, "value", unit), [unit.value for unit in TrainFrequencyUnit])
+    check_integer("train_freq", number, 1)
+
+
+def check_learning_rate(learning_rate: Any) -> None:
+    """
+    :param learning_rate: A number, or a function of the remaining progress, which is 1 at the start
+    :raises ValueError: if it is neither, or no learning rate at the start
+    """
+    start = learning_rate
+    if callable(learning_rate):
+        try:
+            start = float(learning_rate(1.0))
+        except Exception as error:
+            raise ValueError(
+                f"learning_rate must be a number or a function of the remaining progress, got {learning_rate!r}: {error}"
+            ) from error
+    check_number("learning_rate", start, 0)
+
+
+def check_ent_coef(ent_coef: Any) -> None:
+    """
+    :param ent_coef: See ``MTSAC``
+    :raises ValueError: if it is none of what is listed there
+    """
+    if isinstance(ent_coef, str) and ent_coef.startswith("auto_"):
+        check_number("the start of ent_coef, behind 'auto_',", number_of(ent_coef.removeprefix("auto_")), above=0)
+    else:
+        check_number_or_auto("ent_coef", ent_coef, 0)
 
 
 class MTSAC(SAC):
@@ -154,22 +210,61 @@ class MTSAC(SAC):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
+        # SB3 takes most arguments as they are: a bad one fails in the middle of `learn`, or changes the numbers
+        if not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
+            check_choice("policy (if no class)", policy, tuple(self.policy_aliases))
+        is_env = env is None or isinstance(env, str) or hasattr(env, "observation_space")
+        check_that("env", env, is_env, "an environment, a vector environment or the id of an environment")
+        check_learning_rate(learning_rate)
+        check_integer("buffer_size", buffer_size, 1)
+        check_number("learning_starts", learning_starts, 0)
+        check_integer("batch_size", batch_size, 1, or_none=True)
+        check_number("tau", tau, 0, at_most=1)
+        check_number("gamma", gamma, 0, at_most=1)
+        check_train_freq(train_freq)
+        check_integer("gradient_steps", gradient_steps, -1)
+        is_noise = action_noise is None or isinstance(action_noise, ActionNoise)
+        check_that("action_noise", action_noise, is_noise, "an ActionNoise or None")
+        is_buffer_class = isinstance(replay_buffer_class, type) and issubclass(replay_buffer_class, ReplayBuffer)
+        is_right = replay_buffer_class is None or is_buffer_class
+        check_that("replay_buffer_class", replay_buffer_class, is_right, "a subclass of ReplayBuffer or None")
+        check_integer("n_steps", n_steps, 1)
+        check_ent_coef(ent_coef)
+        check_integer("target_update_interval", target_update_interval, 1)
+        check_number_or_auto("target_entropy", target_entropy)
+        check_integer("sde_sample_freq", sde_sample_freq, -1)
+        check_integer("num_tasks", num_tasks, 1, or_none=True)
         check_choice("n_heads", n_heads, N_HEADS)
         check_choice("optimizer_order", optimizer_order, ("sequential", "joint"))
         check_choice("warmup_actions", warmup_actions, ("uniform", "policy"))
+        check_number("ent_coef_learning_rate", ent_coef_learning_rate, above=0, or_none=True)
+        check_number("max_ent_coef", max_ent_coef, above=0, or_none=True)
+        check_number("min_ent_coef", min_ent_coef, above=0, or_none=True)
+        if min_ent_coef is not None and max_ent_coef is not None and min_ent_coef > max_ent_coef:
+            raise ValueError(f"min_ent_coef must be at most max_ent_coef={max_ent_coef}, got {min_ent_coef}")
+        check_number("max_grad_norm", max_grad_norm, above=0, or_none=True, finite=False)
         check_choice("amp", amp, ("none", "bf16"))
-        for name, value in (
-            ("ent_coef_learning_rate", ent_coef_learning_rate),
-            ("min_ent_coef", min_ent_coef),
-            ("max_ent_coef", max_ent_coef),
-            ("max_grad_norm", max_grad_norm),
+        check_integer("stats_window_size", stats_window_size, 1)
+        is_path = tensorboard_log is None or isinstance(tensorboard_log, (str, os.PathLike))
+        check_that("tensorboard_log", tensorboard_log, is_path, "a folder or None")
+        check_integer("verbose", int(verbose) if isinstance(verbose, bool) else verbose, 0)
+        check_integer("seed", seed, 0, 2**32 - 1, or_none=True)
+        check_device(device)
+        for name, kwargs in (("replay_buffer_kwargs", replay_buffer_kwargs), ("policy_kwargs", policy_kwargs)):
+            is_named = kwargs is None or (isinstance(kwargs, dict) and all(isinstance(key, str) for key in kwargs))
+            check_that(name, kwargs, is_named, "a dict from names of arguments to values or None")
+        for name, flag in (
+            ("optimize_memory_usage", optimize_memory_usage),
+            ("use_sde", use_sde),
+            ("use_sde_at_warmup", use_sde_at_warmup),
+            ("cpu_tuning", cpu_tuning),
+            ("overlap", overlap),
         ):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0 or None, got {value}")
+            check_choice(name, flag, (True, False))
         super().__init__(
             policy,
             env,
-            learning_rate,
+            learning_rate if callable(learning_rate) else float(learning_rate),
             buffer_size,
             learning_starts,
             batch_size,  # type: ignore[arg-type]  # resolved in _setup_model
@@ -188,11 +283,11 @@ class MTSAC(SAC):
             use_sde,
             sde_sample_freq,
             use_sde_at_warmup,
-            stats_window_size,
+            int(stats_window_size),
             tensorboard_log,
             policy_kwargs,
             verbose,
-            seed,
+            None if seed is None else int(seed),
             device,
             _init_setup_model=False,
         )
@@ -230,8 +325,6 @@ class MTSAC(SAC):
     # ------------------------------------------------------------------ set-up
 
     def _resolve_num_tasks(self, num_tasks: int | None) -> int:
-        if num_tasks is not None and num_tasks < 1:
-            raise ValueError(f"num_tasks must be at least 1 or None, got {num_tasks}")
         env_num_tasks = None
         if self.env is not None and self.env.has_attr("num_tasks"):
             env_num_tasks = get_num_tasks(self.env)
@@ -240,6 +333,8 @@ class MTSAC(SAC):
         return num_tasks or env_num_tasks or 1
 
     def _setup_model(self) -> None:
+        if not hasattr(self, "observation_space"):
+            raise ValueError("env must be given to build a model, got None")
         self.task_names = tuple(self.task_names)  # saved as a list
         if self.num_tasks > 1:
             self._check_multi_task_setup()
@@ -261,11 +356,21 @@ class MTSAC(SAC):
             )
         # The networks and the buffer need T; what the user gave stays as it is, it is what save() writes
         policy_kwargs, replay_buffer_kwargs = self.policy_kwargs, self.replay_buffer_kwargs
+        for name, value in self._policy_settings().items():
+            given = policy_kwargs.get(name, value)
+            # Else some parts of the algorithm would follow the one, and some the other
+            is_equal = not isinstance(given, (np.ndarray, th.Tensor)) and given == value
+            check_that(f"{name} in policy_kwargs", given, is_equal, f"the argument {name}={value!r} of {type(self).__name__}")
         self.policy_kwargs = {**self._policy_settings(), **policy_kwargs}
         if self.num_tasks > 1 or (self.replay_buffer_class and issubclass(self.replay_buffer_class, MultiTaskReplayBuffer)):
             self.replay_buffer_class = self.replay_buffer_class or MultiTaskReplayBuffer
+            given = replay_buffer_kwargs.get("num_tasks", self.num_tasks)
+            check_choice("num_tasks in replay_buffer_kwargs", given, (self.num_tasks,))
             self.replay_buffer_kwargs = {**self._replay_buffer_settings(), **replay_buffer_kwargs}
         super()._setup_model()
+        train_freq: Any = self.train_freq  # SB3 has made a TrainFreq of it
+        if self.n_envs > 1 and train_freq.unit == TrainFrequencyUnit.EPISODE:
+            raise ValueError(f"train_freq must be in steps with {self.n_envs} sub-environments, got {train_freq}")
         self.policy_kwargs, self.replay_buffer_kwargs = policy_kwargs, replay_buffer_kwargs
         if isinstance(self.replay_buffer, MultiTaskReplayBuffer):
             self.replay_buffer.rows_per_task(self.batch_size)  # refuses a batch that has no equal shares
@@ -397,7 +502,18 @@ class MTSAC(SAC):
     ) -> tuple[int, BaseCallback]:
         if self.success_windows is not None and (reset_num_timesteps or self._last_obs is None):
             self.success_windows.start_episodes(self.n_envs)  # SB3 resets the environment then
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        total_timesteps, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        buffer = self._prioritized_buffer
+        waits_for_evaluation = buffer is not None and buffer.performance_source == "eval" and self.num_tasks > 1
+        if waits_for_evaluation and not has_multi_task_evaluation(callback):
+            warnings.warn(
+                "performance_source='eval' needs the evaluations of a MultiTaskEvalCallback, and learn() was given none: "
+                "the shares of the tasks in a batch stay as they are",
+                stacklevel=2,
+            )
+        return total_timesteps, callback
 
     def _store_transition(
         self,

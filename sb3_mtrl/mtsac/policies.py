@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch as th
@@ -17,9 +18,30 @@ from torch import nn
 
 from sb3_mtrl.common.policies import Layers
 from sb3_mtrl.common.torch_layers import GradientGate, StackedMLP, TaskHeads, base_observation_space
-from sb3_mtrl.common.utils import check_choice, split_observation
+from sb3_mtrl.common.utils import (
+    check_choice,
+    check_integer,
+    check_number,
+    check_that,
+    check_widths,
+    split_observation,
+)
 
 N_HEADS = ("shared", "per_task")
+
+
+def check_net_arch(net_arch: Any) -> None:
+    """
+    :param net_arch: See SB3's ``SACPolicy``
+    :raises ValueError: if these are no widths of layers
+    """
+    if isinstance(net_arch, dict):
+        check_that("net_arch", net_arch, set(net_arch) == {"pi", "qf"}, "a list, or a dict of the lists 'pi' and 'qf'")
+        for widths in net_arch.values():
+            check_widths("net_arch", widths)
+    elif net_arch is not None:
+        check_that("net_arch", net_arch, isinstance(net_arch, list), "a list, or a dict of the lists 'pi' and 'qf'")
+        check_widths("net_arch", net_arch)
 
 
 def split_tasks_and_groups(obs: th.Tensor, num_tasks: int) -> tuple[th.Tensor, th.Tensor, int | None]:
@@ -313,14 +335,38 @@ class MTSACPolicy(SACPolicy):
         log_std_bounds: tuple[float, float] = (LOG_STD_MIN, LOG_STD_MAX),
     ):
         check_choice("n_heads", n_heads, N_HEADS)
+        check_integer("num_tasks", num_tasks, 1)
+        check_net_arch(net_arch)
+        for name, factory in (("activation_fn", activation_fn), ("optimizer_class", optimizer_class)):
+            check_that(name, factory, callable(factory), "a class")
+        is_factory = features_extractor_class is None or callable(features_extractor_class)
+        check_that("features_extractor_class", features_extractor_class, is_factory, "a class or None")
+        for name, kwargs in (
+            ("features_extractor_kwargs", features_extractor_kwargs),
+            ("optimizer_kwargs", optimizer_kwargs),
+        ):
+            check_that(name, kwargs, kwargs is None or isinstance(kwargs, dict), "a dict or None")
+        check_integer("n_critics", n_critics, 1)
+        check_number("log_std_init", log_std_init)
+        check_number("clip_mean", clip_mean, 0, finite=False)
+        for name, flag in (
+            ("use_expln", use_expln),
+            ("normalize_images", normalize_images),
+            ("share_features_extractor", share_features_extractor),
+            ("observe_task", observe_task),
+        ):
+            check_choice(name, flag, (True, False))
         if n_heads == "per_task" and num_tasks == 1:
             n_heads = "shared"  # one task has one head
         if n_heads == "per_task" and use_sde:
             raise ValueError("use_sde must be False with n_heads='per_task', got True (gSDE has one exploration matrix)")
         if num_tasks > 1:
             base_observation_space(observation_space, num_tasks)
-        if not log_std_bounds[0] < log_std_bounds[1]:
-            raise ValueError(f"log_std_bounds must be (lowest, highest), got {log_std_bounds}")
+        is_pair = isinstance(log_std_bounds, Sequence) and len(log_std_bounds) == 2
+        check_that("log_std_bounds", log_std_bounds, is_pair, "(lowest, highest)")
+        for bound in log_std_bounds:
+            check_number("each of log_std_bounds", bound)
+        check_that("log_std_bounds", log_std_bounds, log_std_bounds[0] < log_std_bounds[1], "(lowest, highest)")
         # Before super().__init__, which builds the networks
         self.num_tasks = num_tasks
         self.n_heads = n_heads

@@ -8,9 +8,11 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
-from sb3_mtrl.common.callbacks import LossMaskoutCallback, WResetCallback
+from sb3_mtrl.common.callbacks import SIMPLEX_DRAWS, LossMaskoutCallback, WResetCallback
+from sb3_mtrl.common.torch_layers import W_INITS
+from sb3_mtrl.common.utils import check_choice, check_integer, check_number
 from sb3_mtrl.mtsac.mtsac import MTSAC
-from sb3_mtrl.pacosac.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, PaCoActor, PaCoPolicy
+from sb3_mtrl.pacosac.policies import STRUCTURES, CnnPolicy, MlpPolicy, MultiInputPolicy, PaCoActor, PaCoPolicy
 
 SelfPaCoSAC = TypeVar("SelfPaCoSAC", bound="PaCoSAC")
 
@@ -104,8 +106,14 @@ class PaCoSAC(MTSAC):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        if w_learning_rate is not None and not w_learning_rate >= 0:
-            raise ValueError(f"w_learning_rate must be at least 0 or None, got {w_learning_rate}")
+        check_integer("n_param_sets", n_param_sets, 1)
+        check_choice("w_init", w_init, W_INITS)
+        check_choice("structure", structure, STRUCTURES)
+        check_number("w_learning_rate", w_learning_rate, 0, or_none=True)
+        check_number("maskout_threshold", maskout_threshold, 0, or_none=True, finite=False)
+        check_choice("w_reset", w_reset, (True, False))
+        check_choice("w_reset_simplex", w_reset_simplex, SIMPLEX_DRAWS)
+        check_choice("w_reset_moments", w_reset_moments, (True, False))
         super().__init__(
             policy,
             env,

@@ -20,6 +20,7 @@ from sb3_mtrl.common.compositional import (
 from sb3_mtrl.common.policies import Layers, fold_task_into_bias, merge_late_branch
 from sb3_mtrl.common.shared_unique import N_SHARED_LAYERS, SharedUniqueMLP
 from sb3_mtrl.common.torch_layers import GradientGate, init_compositional_vectors
+from sb3_mtrl.common.utils import check_choice, check_integer, check_widths
 from sb3_mtrl.mtsac.policies import MTSACActor, MTSACCritic, MTSACPolicy, split_tasks_and_groups
 
 
@@ -380,8 +381,10 @@ class STARSPolicy(MTSACPolicy):
     ):
         if use_sde:
             raise ValueError("use_sde must be False, got True (STARS' actor has a state dependent standard deviation)")
-        if unique_dim < 0:
-            raise ValueError(f"unique_dim must be at least 0, got {unique_dim}")
+        check_integer("unique_dim", unique_dim, 0)
+        if unique_arch is not None:
+            check_widths("unique_arch", unique_arch)
+        check_choice("unique_observes_task", unique_observes_task, (True, False))
         if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
             optimizer_kwargs = dict(fused=True)
         # Before super().__init__, which builds the networks
@@ -412,7 +415,7 @@ class STARSPolicy(MTSACPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         w = init_compositional_vectors(self.num_tasks, self.n_param_sets, self.w_init)
-        is_composed = self.n_param_sets > 1
+        is_composed = bool(self.n_param_sets > 1)
         self.compositional_vectors = nn.Parameter(w if is_composed else th.ones_like(w), requires_grad=is_composed)
         self.target_compositional_vectors = nn.Parameter(self.compositional_vectors.detach().clone(), requires_grad=False)
         self.task_vectors = TaskVectors(self.compositional_vectors, "identity")

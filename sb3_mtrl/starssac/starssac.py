@@ -7,11 +7,12 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
 
-from sb3_mtrl.common.callbacks import LossMaskoutCallback, WResetCallback
+from sb3_mtrl.common.callbacks import SIMPLEX_DRAWS, LossMaskoutCallback, WResetCallback
 from sb3_mtrl.common.prioritized import PERFORMANCE_SOURCES, TASK_PRIORITIES, TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.shared_unique import triplet_losses
+from sb3_mtrl.common.torch_layers import W_INITS
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples
-from sb3_mtrl.common.utils import check_choice, polyak_update_
+from sb3_mtrl.common.utils import check_choice, check_integer, check_number, polyak_update_
 from sb3_mtrl.mtsac.mtsac import MTSAC, ReplaySamples
 from sb3_mtrl.starssac.policies import (
     CnnPolicy,
@@ -163,20 +164,24 @@ class STARSSAC(MTSAC):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        if w_learning_rate is not None and not w_learning_rate >= 0:
-            raise ValueError(f"w_learning_rate must be at least 0 or None, got {w_learning_rate}")
-        if not triplet_coef >= 0:
-            raise ValueError(f"triplet_coef must be at least 0, got {triplet_coef}")
-        if not triplet_margin > 0:
-            raise ValueError(f"triplet_margin must be above 0, got {triplet_margin}")
+        check_integer("n_param_sets", n_param_sets, 1)
+        check_choice("w_init", w_init, W_INITS)
+        check_number("w_learning_rate", w_learning_rate, 0, or_none=True)
+        check_integer("unique_dim", unique_dim, 0)
+        check_choice("unique_from_rl", unique_from_rl, (True, False))
+        check_choice("compositional_head", compositional_head, (True, False))
+        check_number("triplet_coef", triplet_coef, 0)
+        check_number("triplet_margin", triplet_margin, above=0)
+        check_choice("triplet_normalize", triplet_normalize, (True, False))
         check_choice("task_priority", task_priority, TASK_PRIORITIES)
         check_choice("performance_source", performance_source, PERFORMANCE_SOURCES)
         check_choice("actor_batch", actor_batch, ("same", "uniform_in_task"))
         for name, value in (("rho_min", rho_min), ("per_alpha", per_alpha), ("per_beta", per_beta)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
-        if performance_window < 1:
-            raise ValueError(f"performance_window must be at least 1, got {performance_window}")
+            check_number(name, value, 0, at_most=1)
+        check_integer("performance_window", performance_window, 1)
+        check_number("maskout_threshold", maskout_threshold, 0, or_none=True, finite=False)
+        check_choice("w_reset", w_reset, (True, False))
+        check_choice("w_reset_simplex", w_reset_simplex, SIMPLEX_DRAWS)
         super().__init__(
             policy,
             env,

@@ -20,7 +20,14 @@ from torch.nn import functional as F
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import record_per_task
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses
-from sb3_mtrl.common.utils import check_choice, polyak_update_, step_unless, task_ids_from_observation
+from sb3_mtrl.common.utils import (
+    check_choice,
+    check_number,
+    check_number_or_auto,
+    polyak_update_,
+    step_unless,
+    task_ids_from_observation,
+)
 from sb3_mtrl.mtsac.mtsac import MTSAC, ReplaySamples
 from sb3_mtrl.mtsac.policies import MTSACActor, MTSACCritic
 from sb3_mtrl.pacosac.policies import PaCoPolicy
@@ -164,16 +171,15 @@ class TSACSAC(MTSAC):
             raise ValueError(
                 f"policy must be 'MlpPolicy' or a subclass of TSACPolicy, got {policy!r} (observations have to be vectors)"
             )
-        if not 0 < success_bonus < math.inf:
-            raise ValueError(f"success_bonus must be above 0 and finite, got {success_bonus}")
-        if not 0 <= lambda_init < math.inf:
-            raise ValueError(f"lambda_init must be at least 0 and finite, got {lambda_init}")
-        if lambda_max is not None and not max(lambda_init, 1e-6) <= lambda_max < math.inf:
-            raise ValueError(
-                f"lambda_max must be above 0, finite and at least lambda_init={lambda_init}, or None, got {lambda_max}"
-            )
-        if not 0 <= lambda_learning_rate < math.inf:
-            raise ValueError(f"lambda_learning_rate must be at least 0 and finite, got {lambda_learning_rate}")
+        check_number("success_bonus", success_bonus, above=0)
+        check_number("lambda_init", lambda_init, 0)
+        check_number("lambda_max", lambda_max, 1e-6, or_none=True)
+        if lambda_max is not None and lambda_max < lambda_init:
+            raise ValueError(f"lambda_max must be at least lambda_init={lambda_init} or None, got {lambda_max}")
+        check_number("lambda_learning_rate", lambda_learning_rate, 0)
+        check_choice("normalize_lagrange", normalize_lagrange, (True, False))
+        check_choice("entropy_in_target", entropy_in_target, (True, False))
+        check_number_or_auto("edit_target_entropy", edit_target_entropy)
         if base == "paco" and n_heads != "shared":
             raise ValueError(f"n_heads must be 'shared' with base='paco', got {n_heads!r}")
         super().__init__(
@@ -289,7 +295,10 @@ class TSACSAC(MTSAC):
                     "(p / horizon asks for success in a share p of the episodes)"
                 )
             budget = 0.5 + lowest
-        budgets = np.asarray(budget, dtype=np.float64)
+        try:
+            budgets = np.asarray(budget, dtype=np.float64)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"sparse_budget must be a number or one for each task, got {self.sparse_budget!r}") from error
         if budgets.shape not in ((), (self.num_tasks,)):
             raise ValueError(
                 f"sparse_budget must be a number or one for each of num_tasks={self.num_tasks} tasks, got {self.sparse_budget}"

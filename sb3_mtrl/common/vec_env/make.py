@@ -1,5 +1,6 @@
 import difflib
 import multiprocessing
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,7 +9,7 @@ import gymnasium as gym
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from sb3_mtrl.common.utils import check_choice
+from sb3_mtrl.common.utils import check_choice, check_integer, check_that
 from sb3_mtrl.common.vec_env.shared_memory_vec_env import SharedMemoryVecEnv
 from sb3_mtrl.common.vec_env.vec_task_assignment import VecTaskAssignment
 
@@ -66,8 +67,23 @@ def make_multi_task_vec_env(
     :raises ValueError: if ``n_envs`` is below 1, the id or the kind of vector environment is unknown, arguments exclude each
         other, or the environment does not take tasks
     """
-    if n_envs < 1:
-        raise ValueError(f"n_envs must be at least 1, got {n_envs}")
+    check_integer("n_envs", n_envs, 1)
+    check_integer("seed", seed, 0, 2**32 - 1, or_none=True)
+    check_integer("start_index", start_index, 0)
+    check_integer("n_workers", n_workers, 1, or_none=True)
+    for name, kwargs in (
+        ("env_kwargs", env_kwargs),
+        ("vec_env_kwargs", vec_env_kwargs),
+        ("monitor_kwargs", monitor_kwargs),
+        ("wrapper_kwargs", wrapper_kwargs),
+    ):
+        check_that(name, kwargs, kwargs is None or isinstance(kwargs, dict), "a dict or None")
+    check_that("env_id", env_id, isinstance(env_id, str) or callable(env_id), "an id or a callable")
+    is_folder = monitor_dir is None or isinstance(monitor_dir, (str, os.PathLike))
+    check_that("monitor_dir", monitor_dir, is_folder, "a folder or None")
+    check_that("wrapper_class", wrapper_class, wrapper_class is None or callable(wrapper_class), "a wrapper or None")
+    is_vec_env_class = vec_env_cls is None or (isinstance(vec_env_cls, type) and issubclass(vec_env_cls, VecEnv))
+    check_that("vec_env_cls", vec_env_cls, is_vec_env_class, "a class of vector environments or None")
     env_kwargs = dict(env_kwargs or {})
     monitor_kwargs = dict(monitor_kwargs or {})
     if isinstance(env_id, str):

@@ -1,7 +1,7 @@
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from sb3_mtrl.common.utils import get_num_tasks
+from sb3_mtrl.common.utils import check_integer, get_num_tasks
 
 
 def split_tasks(num_tasks: int, n_envs: int, index: int) -> list[int]:
@@ -15,12 +15,9 @@ def split_tasks(num_tasks: int, n_envs: int, index: int) -> list[int]:
     :return: Its task ids
     :raises ValueError: if there is no task or no such sub-environment
     """
-    if num_tasks < 1:
-        raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
-    if n_envs < 1:
-        raise ValueError(f"n_envs must be at least 1, got {n_envs}")
-    if not 0 <= index < n_envs:
-        raise ValueError(f"index must be from 0 to n_envs - 1 = {n_envs - 1}, got {index}")
+    check_integer("num_tasks", num_tasks, 1)
+    check_integer("n_envs", n_envs, 1)
+    check_integer("index", index, 0, n_envs - 1)
     if n_envs >= num_tasks:
         return [index % num_tasks]
     return list(range(index, num_tasks, n_envs))

@@ -7,7 +7,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-from sb3_mtrl.common.utils import get_num_tasks, task_ids_from_observation
+from sb3_mtrl.common.utils import check_choice, check_number, get_num_tasks, task_ids_from_observation
 
 
 class TaskMeanStd(RunningMeanStd):
@@ -92,7 +92,8 @@ class VecTaskNormalize(VecNormalize):
     :param gamma: Discount factor
     :param epsilon: Added to variances, to avoid division by zero
     :param norm_obs_keys: As in ``VecNormalize``, for dictionary observations; these need an environment without tasks
-    :raises ValueError: if the environment has tasks and its observation is no vector that ends with their one-hot
+    :raises ValueError: for a bad argument, or if the environment has tasks and its observation is no vector that ends with
+        their one-hot
     """
 
     ret_rms: RunningMeanStd
@@ -109,6 +110,12 @@ class VecTaskNormalize(VecNormalize):
         epsilon: float = 1e-8,
         norm_obs_keys: list[str] | None = None,
     ):
+        for name, flag in (("training", training), ("norm_obs", norm_obs), ("norm_reward", norm_reward)):
+            check_choice(name, flag, (True, False))
+        check_number("clip_obs", clip_obs, above=0, finite=False)
+        check_number("clip_reward", clip_reward, above=0, finite=False)
+        check_number("gamma", gamma, 0, at_most=1)
+        check_number("epsilon", epsilon, above=0)
         # 0 stands for an environment that names no tasks, and hence has no one-hot
         self.one_hot_dim = get_num_tasks(venv) if venv.has_attr("num_tasks") else 0
         self._check_one_hot(venv.observation_space)
