@@ -44,6 +44,7 @@ from sb3_mtrl.common.evaluation import MultiTaskEvaluation, RandomPolicy, evalua
 from sb3_mtrl.common.vec_env import VecTaskNormalize, preload_worker_imports
 from sb3_mtrl.common.vec_env.make import add_n_workers, resolve_vec_env
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
+from sb3_mtrl.zoo.checks import check_config_file, check_hyperparams
 from sb3_mtrl.zoo.utils import TASK_ASSIGNMENT, hyperparams_path
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ else:
     # The mixin is put before RL Zoo's class when that one was loaded, see sb3_mtrl.zoo.patches
     ExperimentManager = object
 
+# What RL Zoo evaluates where it is a string
+CODE_KEYS = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "monitor_kwargs", "normalize")
 TUNING_OBJECTIVES = ("success_rate", "mean_reward")
 
 
@@ -105,6 +108,8 @@ class MultiTaskExperimentMixin(ExperimentManager):
     # ---------------------------------------------------------- hyperparameters
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self.is_multi_task_algorithm and self.config.endswith((".yml", ".yaml")):
+            check_config_file(Path(self.config), self.env_name.gym_id)
         hyperparams, saved_hyperparams = super().read_hyperparameters()
         if self.is_multi_task_algorithm:
             if self.storage and self.study_name and self.trial_id == 0:
@@ -113,6 +118,7 @@ class MultiTaskExperimentMixin(ExperimentManager):
                 trial.update(self.custom_hyperparams or {})
                 hyperparams.update(trial)
                 saved_hyperparams.update(trial)
+            check_hyperparams(ALGORITHMS[self.algo].algorithm_class, hyperparams)
             shares_tasks = self._probe_env(hyperparams.get("env_kwargs") or self.env_kwargs)
             if shares_tasks and "vec_env_wrapper" not in hyperparams:
                 # Into the saved ones, too: enjoy reads them
@@ -149,7 +155,11 @@ class MultiTaskExperimentMixin(ExperimentManager):
             raise ValueError(f"tuning_objective must be one of {', '.join(TUNING_OBJECTIVES)}, got {self.tuning_objective!r}")
         self.random_baseline = hyperparams.pop("random_baseline", self.random_baseline)
         self._choose_vec_env(hyperparams.pop("vec_env", None), hyperparams.pop("n_workers", None))
-        processed = super()._preprocess_hyperparams(hyperparams)
+        code = [key for key in CODE_KEYS if isinstance(hyperparams.get(key), str)]
+        try:
+            processed = super()._preprocess_hyperparams(hyperparams)
+        except (SyntaxError, NameError, AttributeError) as error:
+            raise ValueError(f"{' and '.join(code)} must be Python code that RL Zoo can evaluate: {error}") from error
         # RL Zoo settles this before it reads the file
         self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}
         self._shorten_warm_up(processed[0])
