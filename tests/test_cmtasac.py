@@ -328,7 +328,7 @@ def test_one_update_equals_the_losses_written_out():
 
 
 def test_a_spoilt_state_stays_with_its_task():
-    model = make_cmta(collect=60)
+    model = make_cmta(collect=60, on_nonfinite="mask")
     model.add_update_guard(DropTasks([False, False, False]))
     buffer = model.replay_buffer
     buffer._rows[: buffer.capacity_per_task, buffer._columns[STATE]] = np.nan

@@ -174,7 +174,7 @@ def test_guards_see_task_losses_and_drop_samples(order):
     """With task 1 dropped, its transitions may be anything: the update is the same."""
     results = []
     for spoil in (False, True):
-        model = make_model(collect=60, optimizer_order=order)
+        model = make_model(collect=60, optimizer_order=order, on_nonfinite="mask")
         guard = DropTasks([False, True, False])
         model.add_update_guard(guard)
         if spoil:
@@ -303,7 +303,7 @@ def test_other_tasks_of_the_same_number_are_warned_about():
 @pytest.mark.parametrize("order", ["sequential", "joint"])
 def test_observations_that_are_not_finite_stay_with_their_task(order):
     """All tasks share the weights here, and a zero loss times an infinite input would be NaN."""
-    model = make_model(collect=60, optimizer_order=order)
+    model = make_model(collect=60, optimizer_order=order, on_nonfinite="mask")
     LossMaskoutCallback(loss="critic").init_callback(model)
     buffer = model.replay_buffer
     buffer._rows[: buffer.capacity_per_task, buffer._columns["obs"]] = np.inf

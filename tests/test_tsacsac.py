@@ -560,7 +560,7 @@ def test_dropped_tasks_contribute_to_no_loss(base):
     """With task 1 dropped, its rewards of both kinds may be anything: the update is the same."""
     results = []
     for spoil in (False, True):
-        model = make_tsac(base=base, collect=60, learning_starts=0, gradient_steps=0)
+        model = make_tsac(base=base, collect=60, learning_starts=0, gradient_steps=0, on_nonfinite="mask")
         fill_sparse_rewards(model)
         guard = DropTasks([False, True, False])
         model.add_update_guard(guard)
@@ -597,7 +597,7 @@ def test_no_step_is_made_when_all_tasks_are_dropped():
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("column", ["obs", "reward", SPARSE_REWARD])
 def test_values_that_are_not_finite_stay_with_their_task(base, column):
-    model = make_tsac(base=base, collect=60)
+    model = make_tsac(base=base, collect=60, on_nonfinite="mask")
     LossMaskoutCallback(loss="critic").init_callback(model)
     buffer = model.replay_buffer
     buffer._rows[: buffer.capacity_per_task, buffer._columns[column]] = np.inf
@@ -607,7 +607,7 @@ def test_values_that_are_not_finite_stay_with_their_task(base, column):
 
 
 def test_a_spoilt_compositional_vector_is_reset():
-    model = make_tsac(base="paco", collect=60)
+    model = make_tsac(base="paco", collect=60, on_nonfinite="mask")
     LossMaskoutCallback(loss="critic").init_callback(model)
     WResetCallback().init_callback(model)
     with th.no_grad():

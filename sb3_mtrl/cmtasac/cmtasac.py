@@ -28,7 +28,7 @@ from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import record_per_task
 from sb3_mtrl.common.torch_layers import info_nce_losses
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses
-from sb3_mtrl.common.utils import check_choice, check_integer, check_number, polyak_update_, step_unless
+from sb3_mtrl.common.utils import check_choice, check_integer, check_number, polyak_update_
 from sb3_mtrl.mtsac.mtsac import MTSAC, ReplaySamples
 from sb3_mtrl.mtsac.policies import sample_squashed_gaussian
 
@@ -127,6 +127,7 @@ class CMTASAC(MTSAC):
         cpu_tuning: bool = True,
         amp: str = "none",
         overlap: bool = False,
+        on_nonfinite: str = "raise",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -177,6 +178,7 @@ class CMTASAC(MTSAC):
             cpu_tuning=cpu_tuning,
             amp=amp,
             overlap=overlap,
+            on_nonfinite=on_nonfinite,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
@@ -272,12 +274,13 @@ class CMTASAC(MTSAC):
         if self._last_state is None:
             self._last_state = self.policy.initial_state(n_envs)
         assert isinstance(self._last_obs, np.ndarray)
-        if self.warmup_actions == "uniform" and self.num_timesteps < learning_starts:
-            # The state goes on: the episode, and its memory, may outlast the warm-up
-            unscaled_action = np.array([self.action_space.sample() for _ in range(n_envs)])
-            self._next_state = self.policy.next_state(self._last_obs, self._last_state)
-        else:
-            unscaled_action, self._next_state = self.policy.predict(self._last_obs, self._last_state, deterministic=False)
+        with self._finite_last_obs():
+            if self.warmup_actions == "uniform" and self.num_timesteps < learning_starts:
+                # The state goes on: the episode, and its memory, may outlast the warm-up
+                unscaled_action = np.array([self.action_space.sample() for _ in range(n_envs)])
+                self._next_state = self.policy.next_state(self._last_obs, self._last_state)
+            else:
+                unscaled_action, self._next_state = self.policy.predict(self._last_obs, self._last_state, deterministic=False)
         scaled_action = self.policy.scale_action(unscaled_action)
         if action_noise is not None:
             scaled_action = np.clip(scaled_action + action_noise(), -1, 1)
@@ -358,7 +361,7 @@ class CMTASAC(MTSAC):
         if ent_coef_losses is not None and self.ent_coef_optimizer is not None:
             self._optimize(self.ent_coef_optimizer, ent_coef_losses.mean(), dropped)
         for optimizer in self._shared_optimizers():
-            step_unless(optimizer, None if dropped is None else dropped.all())
+            self._step(optimizer, dropped)
         self._update_priorities(td_errors, dropped, replay_data)
         self._sum_train_values(task_losses.critic, self._task_means(actor_losses, replay_data), ent_coef_losses)
         self._sum_encoder_values(replay_data, actor_encoding, contrastive_losses, similarities)

@@ -9,7 +9,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples
-from sb3_mtrl.common.utils import check_choice, check_integer, check_that, task_ids_from_observation
+from sb3_mtrl.common.utils import check_choice, check_integer, check_that, finite_task_ids
 from sb3_mtrl.common.vec_env import VecTaskNormalize
 
 try:
@@ -29,6 +29,8 @@ class MultiTaskReplayBuffer(ReplayBuffer):
     A transition goes to the ring of the task that its observation announces (the one-hot tail), whatever sub-environment
     it came from; so any number of sub-environments works, and loading with another number does too. The one-hot itself is not
     stored. A transition is one float32 row, so that a batch is one gather.
+
+    A transition that holds a NaN or an infinity is not stored but counted (``refused``, one count per task).
 
     :param buffer_size: Max number of transitions over all tasks; each task gets ``buffer_size // num_tasks``
     :param observation_space: Box of shape ``(n + num_tasks,)``
@@ -100,6 +102,10 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         # Per task: where the next row goes, and whether the ring has gone round (SB3's names, one entry per task)
         self.pos = np.zeros(num_tasks, dtype=np.int64)  # type: ignore[assignment]
         self.full = np.zeros(num_tasks, dtype=bool)  # type: ignore[assignment]
+        #: Number of transitions of each task that were not stored as they were not finite, ``(T,)``
+        self.refused = np.zeros(num_tasks, dtype=np.int64)
+        #: Task of the last of them and the parts of it that were not finite
+        self.last_refused: tuple[int, tuple[str, ...]] | None = None
         self._warn_if_too_large()
 
     def _layout(self) -> dict[str, slice]:
@@ -169,7 +175,8 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         """
         task_ids = np.zeros(self.n_envs, dtype=np.int64)
         if self.task_in_observation:
-            task_ids = task_ids_from_observation(obs, self.num_tasks)
+            told_ids = np.array([info.get("task_id", 0) for info in infos])
+            task_ids = finite_task_ids(obs, self.num_tasks, told_ids)
         rows, columns = np.empty((self.n_envs, self._row_width), dtype=np.float32), self._columns
         rows[:, columns["obs"]] = obs[:, : self.base_dim]
         rows[:, columns["next_obs"]] = next_obs[:, : self.base_dim]
@@ -181,11 +188,19 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         rows[:, columns["done"]] = terminations[:, None]
         for name in self.extra_columns:
             rows[:, columns[name]] = self._extra_values(name, infos, extras)
-        self._rows[self._take_places(task_ids)] = rows
+        kept = np.asarray(np.isfinite(rows).all(axis=1))
+        if not kept.all():
+            self._refuse(rows[~kept], task_ids[~kept])
+        self._rows[self._take_places(task_ids[kept])] = rows[kept]
+
+    def _refuse(self, rows: np.ndarray, task_ids: np.ndarray) -> None:
+        self.refused += np.bincount(task_ids, minlength=self.num_tasks)
+        parts = [name for name, columns in self._columns.items() if not np.isfinite(rows[-1, columns]).all()]
+        self.last_refused = int(task_ids[-1]), tuple(parts)
 
     def _take_places(self, task_ids: np.ndarray) -> np.ndarray:
-        """Next places in the rings of these tasks, ``(n_envs,)``; several rows of one task take successive ones."""
-        places = np.empty(self.n_envs, dtype=np.int64)
+        """Next places in the rings of these tasks, ``(n,)``; several rows of one task take successive ones."""
+        places = np.empty(len(task_ids), dtype=np.int64)
         for env_index, task_id in enumerate(task_ids.tolist()):
             places[env_index] = task_id * self.capacity_per_task + self.pos[task_id]  # type: ignore[index]
             self.pos[task_id] += 1  # type: ignore[index]
@@ -310,7 +325,8 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        # Files of older versions have no counts
+        self.__dict__.update({"refused": np.zeros(state["num_tasks"], dtype=np.int64), "last_refused": None, **state})
         stored_rows = state["_rows"]
         self._rows = np.zeros((self.buffer_size, self._row_width), dtype=np.float32)
         rings = self._rows.reshape(self.num_tasks, self.capacity_per_task, -1)

@@ -568,7 +568,8 @@ class LossMaskoutCallback(BaseCallback):
 
     Paper: PaCo, https://arxiv.org/abs/2210.11653, section 4.2. SB3 calls callbacks between environment steps; this one also
     registers as a guard of the updates (``MTSAC.add_update_guard``), which ask it once the losses are known. A loss that is
-    NaN or infinite, or a compositional vector that is, counts as exploding too. Counts are logged as
+    NaN or infinite, or a compositional vector that is, counts as exploding too (where the algorithm was made with
+    ``on_nonfinite="raise"``, as ``MTSAC`` is by default, such a loss ends the training instead). Counts are logged as
     ``train/dropped_updates``.
 
     :param threshold: A task is left out if its mean loss in the batch is above this. With V2 rewards (0 to 10 per step) the

@@ -10,6 +10,10 @@ from stable_baselines3.common.vec_env import VecEnv
 ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, th.Tensor)
 
 
+class NonFiniteError(ValueError):
+    """A NaN or an infinity turned up in training, and ``on_nonfinite="raise"`` was asked for."""
+
+
 def check_that(name: str, value: Any, is_right: bool, expected: str) -> None:
     """
     :param name: Name of the argument
@@ -193,6 +197,24 @@ def task_ids_from_observation(obs: np.ndarray, num_tasks: int) -> np.ndarray:
     return task_ids
 
 
+def finite_task_ids(obs: np.ndarray, num_tasks: int, fallback: np.ndarray) -> np.ndarray:
+    """
+    ``task_ids_from_observation`` for observations that may hold NaN and infinities, also in the one-hot.
+
+    :param obs: Observations, shape ``(B, n + num_tasks)``
+    :param num_tasks: Length of the one-hot tail
+    :param fallback: Task ids ``(B,)`` for rows whose one-hot is not finite
+    :return: Task ids ``(B,)``
+    :raises ValueError: if a finite tail is not a one-hot
+    """
+    intact = np.isfinite(split_observation(obs, num_tasks)[1]).all(axis=1)
+    if intact.all():
+        return task_ids_from_observation(obs, num_tasks)
+    task_ids = np.array(fallback, dtype=np.int64)
+    task_ids[intact] = task_ids_from_observation(obs[intact], num_tasks)
+    return task_ids
+
+
 def polyak_update_(params: Iterable[th.Tensor], target_params: Iterable[th.Tensor], tau: float) -> None:
     """
     SB3's ``polyak_update`` in two kernels for all tensors: ``target = (1 - tau) target + tau param``.
@@ -207,6 +229,33 @@ def polyak_update_(params: Iterable[th.Tensor], target_params: Iterable[th.Tenso
     with th.no_grad():
         th._foreach_mul_(targets, 1 - tau)
         th._foreach_add_(targets, sources, alpha=tau)
+
+
+def have_finite_gradients(optimizer: th.optim.Optimizer) -> th.Tensor | None:
+    """
+    :param optimizer: The optimiser
+    :return: Bool scalar on the device, whether all gradients of its parameters are finite; None if there are none
+    """
+    gradients = [param.grad for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+    if not gradients:
+        return None
+    if gradients[0].is_cuda:
+        return th.stack(th._foreach_norm(gradients, float("inf"))).isfinite().all()  # one kernel for all of them
+    # A sum is finite only if all its terms are, and is the fastest pass there is on a CPU
+    return th.stack([gradient.sum() for gradient in gradients]).isfinite().all()
+
+
+def are_within(tensors: Iterable[th.Tensor], bound: float) -> bool:
+    """
+    :param tensors: Tensors on the CPU
+    :param bound: A positive number
+    :return: Whether the absolute values of all entries are below the bound; False for NaN
+    """
+    for tensor in tensors:
+        low, high = tensor.aminmax()
+        if not (-bound < low.item() and high.item() < bound):
+            return False
+    return True
 
 
 def step_unless(optimizer: th.optim.Optimizer, skip: th.Tensor | None) -> None:

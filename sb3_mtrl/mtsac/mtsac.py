@@ -8,9 +8,9 @@ import pickle
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch as th
@@ -44,17 +44,20 @@ from sb3_mtrl.common.prioritized import SuccessWindows, TaskPrioritizedReplayBuf
 from sb3_mtrl.common.torch_layers import base_observation_space
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses, UpdateGuard
 from sb3_mtrl.common.utils import (
+    NonFiniteError,
+    are_within,
     check_choice,
     check_integer,
     check_number,
     check_number_or_auto,
     check_that,
+    finite_task_ids,
     get_num_tasks,
     get_task_names,
+    have_finite_gradients,
     number_of,
     polyak_update_,
     step_unless,
-    task_ids_from_observation,
 )
 from sb3_mtrl.common.vec_env import SharedMemoryVecEnv, UpdateWhileStepping, VecTaskNormalize
 from sb3_mtrl.mtsac.policies import N_HEADS, CnnPolicy, MlpPolicy, MTSACActor, MTSACCritic, MTSACPolicy, MultiInputPolicy
@@ -65,6 +68,7 @@ SelfMTSAC = TypeVar("SelfMTSAC", bound="MTSAC")
 MAX_INPUT = 1e18
 
 ReplaySamples = ReplayBufferSamples | MultiTaskReplayBufferSamples
+Update = Callable[[ReplaySamples, th.Tensor | None], th.Tensor | None]
 
 
 def check_device(device: Any) -> None:
@@ -153,6 +157,9 @@ class MTSAC(SAC):
         in it; the gradients are then good to 1 %)
     :param overlap: Let the environments step in their workers while the learner updates. An action is then chosen before the
         update that in SB3's order would come before it; each update sees the transitions that it sees in SB3's order
+    :param on_nonfinite: What a NaN or an infinity in a reward, an observation, a loss or a gradient does. "raise": training
+        stops before anything is learned from it, with a ``NonFiniteError`` that names task, time step and last checkpoint;
+        "mask": the transition is not stored, or its task is left out of the update, both are counted and training goes on
     :raises ValueError: for a bad argument, or an environment that does not fit it
     """
 
@@ -202,6 +209,7 @@ class MTSAC(SAC):
         cpu_tuning: bool = True,
         amp: str = "none",
         overlap: bool = False,
+        on_nonfinite: str = "raise",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -244,6 +252,7 @@ class MTSAC(SAC):
             raise ValueError(f"min_ent_coef must be at most max_ent_coef={max_ent_coef}, got {min_ent_coef}")
         check_number("max_grad_norm", max_grad_norm, above=0, or_none=True, finite=False)
         check_choice("amp", amp, ("none", "bf16"))
+        check_choice("on_nonfinite", on_nonfinite, ("mask", "raise"))
         check_integer("stats_window_size", stats_window_size, 1)
         is_path = tensorboard_log is None or isinstance(tensorboard_log, (str, os.PathLike))
         check_that("tensorboard_log", tensorboard_log, is_path, "a folder or None")
@@ -303,6 +312,7 @@ class MTSAC(SAC):
         self.cpu_tuning = cpu_tuning
         self.amp = amp
         self.overlap = overlap
+        self.on_nonfinite = on_nonfinite
         self.num_tasks = self._resolve_num_tasks(num_tasks)
         self.task_names = get_task_names(self.env) if self.env is not None else ()
         if len(self.task_names) != self.num_tasks:  # no environment yet, or one that names no tasks
@@ -310,8 +320,15 @@ class MTSAC(SAC):
         # What the task priorities of a TaskPrioritizedReplayBuffer follow, None without
         self.success_windows: SuccessWindows | None = None
         self.update_guards: list[UpdateGuard] = []
-        # Rows of the batch that are left out of any update, (B, 1) bool; None without guards
+        #: Path of the last checkpoint that a callback wrote, for the message of a ``NonFiniteError``
+        self.last_checkpoint: str | None = None
+        # Tasks of the sub-environments when they were last told, (n_envs,)
+        self._env_tasks: np.ndarray | None = None
+        # Rows of the batch that are left out of any update, (B, 1) bool; None: not one is
         self._spoilt_rows: th.Tensor | None = None
+        # Whether gradients are only looked at, to learn whose are not finite, and what was found in the update being made
+        self._is_rehearsal = False
+        self._has_bad_gradients = False
         # Sums of logged values since the last dump, on the device
         self._train_sums: dict[str, th.Tensor] = {}
         self._n_summed_updates = 0
@@ -393,6 +410,13 @@ class MTSAC(SAC):
         self.dropped_updates = th.zeros(self.num_tasks, device=self.device)
         self._dropped_at_last_dump = self.dropped_updates.clone()
         self._warned_of_stuck_tasks = False
+        # Steps of optimisers that were not made as a gradient was not finite
+        self.skipped_steps = th.zeros((), device=self.device)
+        # Looking at a mask is free on the CPU and would stall a GPU
+        self._may_look = self.device.type == "cpu"
+        # On a GPU: tasks of which something was not finite, not yet looked at
+        self._nonfinite_tasks = th.zeros(self.num_tasks, dtype=th.bool, device=self.device)
+        self._warned_of_nonfinite = False
         self.update_guards.clear()
 
     @property
@@ -525,16 +549,36 @@ class MTSAC(SAC):
         infos: list[dict[str, Any]],
     ) -> None:
         last_obs = self._last_obs
+        if self.on_nonfinite == "raise":
+            for what, values in (("the reward", reward), ("the observation", new_obs)):
+                if isinstance(values, np.ndarray) and not (finite := np.isfinite(values)).all():
+                    rows = finite.reshape(len(values), -1).all(axis=1)
+                    self._stop(what, self._tasks_of_envs(last_obs)[~rows].tolist())
+        buffer = self.replay_buffer if isinstance(self.replay_buffer, MultiTaskReplayBuffer) else None
+        n_refused = 0 if buffer is None else buffer.refused.sum()
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        if self.on_nonfinite == "raise" and buffer is not None and buffer.refused.sum() > n_refused:
+            assert buffer.last_refused is not None
+            task, parts = buffer.last_refused
+            self._stop(f"the transition ({', '.join(parts)})", [task])
         if self.success_windows is None:
             return
-        assert isinstance(last_obs, np.ndarray)
-        task_ids = task_ids_from_observation(last_obs, self.num_tasks)
+        task_ids = self._tasks_of_envs(last_obs)
         # This step is counted already
         is_warm_up = self.num_timesteps - self.n_envs < self.learning_starts
         changed = self.success_windows.add_step(task_ids, dones, infos, is_warm_up)
         if changed and self._prioritized_buffer is not None:
             self._prioritized_buffer.set_task_performance(self.success_windows.rates)
+
+    def _tasks_of_envs(self, obs: Any) -> np.ndarray:
+        """Tasks that observations ``(n_envs, n + T)`` announce, ``(n_envs,)``; where they tell none, those of before."""
+        if self.num_tasks == 1:
+            return np.zeros(len(obs) if isinstance(obs, np.ndarray) else self.n_envs, dtype=np.int64)
+        assert isinstance(obs, np.ndarray)
+        if self._env_tasks is None or len(self._env_tasks) != len(obs):
+            self._env_tasks = np.zeros(len(obs), dtype=np.int64)
+        self._env_tasks = finite_task_ids(obs, self.num_tasks, self._env_tasks)
+        return self._env_tasks
 
     def _sample_action(
         self,
@@ -544,7 +588,35 @@ class MTSAC(SAC):
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.warmup_actions == "policy":
             learning_starts = 0
-        return super()._sample_action(learning_starts, action_noise, n_envs)
+        with self._finite_last_obs():
+            return super()._sample_action(learning_starts, action_noise, n_envs)
+
+    @contextmanager
+    def _finite_last_obs(self) -> Iterator[None]:
+        """Have zeros in place of what is not finite in ``_last_obs`` while an action is chosen."""
+        last_obs = self._last_obs
+        if isinstance(last_obs, np.ndarray) and not (finite := np.isfinite(last_obs)).all():
+            if self.on_nonfinite == "raise":
+                rows = finite.reshape(len(last_obs), -1).all(axis=1)
+                self._stop("the observation", self._tasks_of_envs(last_obs)[~rows].tolist())
+            self._last_obs = np.where(finite, last_obs, np.zeros_like(last_obs))
+        try:
+            yield
+        finally:
+            self._last_obs = last_obs
+
+    def _stop(self, what: str, tasks: Sequence[int]) -> NoReturn:
+        """
+        :param what: What is not finite
+        :param tasks: The tasks that it belongs to; none: unknown
+        :raises NonFiniteError: always
+        """
+        names = ", ".join(self.task_names[task] for task in sorted(set(tasks))) or "unknown"
+        raise NonFiniteError(
+            f"{what} is not finite, task {names}, at time step {self.num_timesteps} after {self._n_updates} updates; nothing "
+            f"was learned from it. Last good checkpoint: {self.last_checkpoint or 'none'}. "
+            "(on_nonfinite='mask' leaves such things out and goes on)"
+        )
 
     def collect_rollouts(
         self,
@@ -611,10 +683,9 @@ class MTSAC(SAC):
             # We need to sample because `log_std` may have changed between two gradient steps
             if self.use_sde:
                 self.actor.reset_noise()
-            self._spoilt_rows = None
-            spoilt = self._clear_spoilt_rows(replay_data) if self.update_guards else None
+            spoilt = self._clear_spoilt_rows(replay_data)
             with self._update_context():
-                dropped = update(replay_data, spoilt)
+                dropped = self._guarded_update(update, replay_data, spoilt)
             if self.policy.gradient_gate is not None:
                 self.policy.gradient_gate.dropped_tasks = None
             if gradient_step % self.target_update_interval == 0:
@@ -630,6 +701,59 @@ class MTSAC(SAC):
 
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if self.on_nonfinite == "raise" and not self._may_look:
+            self._stop_if_something_was_left_out()
+
+    def _guarded_update(self, update: Update, replay_data: ReplaySamples, spoilt: th.Tensor | None) -> th.Tensor | None:
+        """
+        One update; on the CPU, where looking is free, again without the tasks whose gradients were not finite in it. (On a GPU
+        a step with such a gradient is left out for all tasks.)
+        """
+        self._has_bad_gradients = False
+        dropped = update(replay_data, spoilt)
+        if not self._has_bad_gradients:
+            return dropped
+        blamed = self._tasks_with_bad_gradients(update, replay_data)
+        if self.on_nonfinite == "raise":
+            self._stop("a gradient", blamed.nonzero().flatten().tolist())
+        if not blamed.any():  # only together
+            return dropped
+        return update(self._without_inputs(replay_data, blamed), blamed if spoilt is None else blamed | spoilt)
+
+    def _tasks_with_bad_gradients(self, update: Update, replay_data: ReplaySamples) -> th.Tensor:
+        """Tasks of the batch whose gradients are not finite without the other tasks, ``(T,)`` bool; nothing is learned."""
+        blamed = th.zeros(self.num_tasks, dtype=th.bool)
+        self._is_rehearsal = True
+        try:
+            for task in range(self.num_tasks):
+                others = th.ones(self.num_tasks, dtype=th.bool, device=self.device)
+                others[task] = False
+                self._has_bad_gradients = False
+                update(self._without_inputs(replay_data, others), others)
+                blamed[task] = self._has_bad_gradients
+        finally:
+            self._is_rehearsal = False
+        return blamed
+
+    def _without_inputs(self, replay_data: ReplaySamples, tasks: th.Tensor) -> ReplaySamples:
+        """The batch with zeros for all that the networks see of some tasks: even a zero may come back as NaN."""
+        if not isinstance(replay_data, MultiTaskReplayBufferSamples):
+            return replay_data
+        rows = self._rows(tasks, replay_data)
+        return replay_data._replace(
+            observations=th.where(rows, 0.0, replay_data.observations),
+            next_observations=th.where(rows, 0.0, replay_data.next_observations),
+            actions=th.where(rows, 0.0, replay_data.actions),
+            extras={name: th.where(rows, 0.0, tensor) for name, tensor in replay_data.extras.items()},
+        )
+
+    def _stop_if_something_was_left_out(self) -> None:
+        """On a GPU, once a call of ``train``: the parameters are those of before, as with "mask"."""
+        nonfinite = self._nonfinite_tasks.nonzero().flatten().tolist()
+        if nonfinite:
+            self._stop("a loss, or the batch that it is of,", nonfinite)
+        if self.skipped_steps > 0:
+            self._stop("a gradient", [])
 
     def _sample_batch(self, batch_size: int) -> ReplaySamples:
         return self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
@@ -683,7 +807,7 @@ class MTSAC(SAC):
         self._optimize(self.actor.optimizer, actor_loss, dropped)
 
         for optimizer in self._shared_optimizers():
-            step_unless(optimizer, None if dropped is None else dropped.all())
+            self._step(optimizer, dropped)
         self._update_priorities(td_errors, dropped, replay_data)
         self._sum_train_values(task_losses.critic, self._task_means(actor_losses, replay_data), ent_coef_losses)
         return dropped
@@ -734,7 +858,7 @@ class MTSAC(SAC):
         self._clip_gradients(self.critic.optimizer)
         self._clip_gradients(self.actor.optimizer)
         for optimizer in optimizers:
-            step_unless(optimizer, None if dropped is None else dropped.all())
+            self._step(optimizer, dropped)
         self._update_priorities(td_errors, dropped, replay_data)
         self._sum_train_values(task_losses.critic, self._task_means(entropy_term - min_qf_pi, replay_data), ent_coef_losses)
         return dropped
@@ -782,7 +906,7 @@ class MTSAC(SAC):
 
     def _update_priorities(self, td_errors: th.Tensor, dropped: th.Tensor | None, replay_data: ReplaySamples) -> None:
         """Tell a prioritized buffer the errors ``(n_critics, B, 1)`` of this update; those of dropped tasks mean nothing."""
-        buffer = self._prioritized_buffer
+        buffer = self._prioritized_buffer if not self._is_rehearsal else None
         if buffer is None or not isinstance(replay_data, MultiTaskReplayBufferSamples) or replay_data.indices is None:
             return
         sizes = buffer.td_error_sizes(td_errors.detach())
@@ -884,36 +1008,56 @@ class MTSAC(SAC):
             return values
         return th.where(self._rows(dropped, replay_data), 0.0, values)
 
-    def _clear_spoilt_rows(self, replay_data: ReplaySamples) -> th.Tensor:
+    def _clear_spoilt_rows(self, replay_data: ReplaySamples) -> th.Tensor | None:
         """
         Replace the rows that hold a NaN, an infinity or a number of which a network makes one by zeros, in place, and name
-        their tasks, ``(T,)`` bool.
+        their tasks, ``(T,)`` bool; None if that is known to be none.
 
         A loss of zero would not keep them from the weights that all tasks share: the gradient multiplies it with the input.
         """
+        self._spoilt_rows = None
         if not isinstance(replay_data, MultiTaskReplayBufferSamples):
-            return th.zeros(self.num_tasks, dtype=th.bool, device=self.device)
+            return None
         inputs = (replay_data.observations, replay_data.next_observations, replay_data.actions, *replay_data.extras.values())
+        if self._may_look and are_within((*inputs, replay_data.rewards), MAX_INPUT):
+            return None
         finite = th.stack([(tensor.abs() < MAX_INPUT).all(dim=1) for tensor in inputs]).all(dim=0)  # False for NaN
         self._spoilt_rows = ~(finite & replay_data.rewards.isfinite().squeeze(1)).unsqueeze(1)
         for tensor in inputs:
             tensor.copy_(th.where(finite.unsqueeze(1), tensor, 0.0))
         spoilt_groups = ~finite.view(len(replay_data.group_tasks), -1).all(dim=1)
-        spoilt = th.zeros(self.num_tasks, device=self.device)
-        return spoilt.index_add_(0, replay_data.group_tasks, spoilt_groups.float()) > 0
+        spoilt_tasks = th.zeros(self.num_tasks, device=self.device)
+        spoilt = spoilt_tasks.index_add_(0, replay_data.group_tasks, spoilt_groups.float()) > 0
+        if self.on_nonfinite == "raise" and self._may_look and spoilt.any():
+            self._stop("an observation, action or extra column of the batch", spoilt.nonzero().flatten().tolist())
+        return spoilt
 
     def _dropped_tasks(self, task_losses: TaskLosses, spoilt: th.Tensor | None) -> th.Tensor | None:
-        """Ask the guards which tasks must not contribute, ``(T,)`` bool; None without guards."""
-        if spoilt is None:
+        """
+        Which tasks must not contribute, ``(T,)`` bool: those that are spoilt, those with a loss that is not finite, and those
+        that a guard drops; None if that is known to be none and no guard wants to be told.
+        """
+        losses = {name: loss for name, loss in task_losses._asdict().items() if loss is not None}
+        may_be_passed = self._may_look and spoilt is None and not self.update_guards
+        if may_be_passed and all(math.isfinite(loss.sum().item()) for loss in losses.values()):
+            if self.policy.gradient_gate is not None:
+                self.policy.gradient_gate.dropped_tasks = None
             return None
-        dropped = spoilt
+        finite = th.stack([loss.isfinite() for loss in losses.values()])  # (losses, T)
+        dropped = ~finite.all(dim=0)
+        if not self._may_look:
+            self._nonfinite_tasks.logical_or_(dropped if spoilt is None else dropped | spoilt)
+        elif self.on_nonfinite == "raise" and dropped.any() and not self._is_rehearsal:
+            names = [name for name, row in zip(losses, finite, strict=True) if not row.all()]
+            self._stop(f"the loss ({', '.join(names)})", dropped.nonzero().flatten().tolist())
+        if spoilt is not None:
+            dropped = dropped | spoilt
         for guard in self.update_guards:
             dropped = dropped | guard.drop_tasks(task_losses)
+        nothing_dropped = self._may_look and not dropped.any()
         if self.policy.gradient_gate is not None:
-            # Looking at the mask is free on the CPU and would stall a GPU
-            nothing_dropped = self.device.type == "cpu" and not dropped.any()
             self.policy.gradient_gate.dropped_tasks = None if nothing_dropped else dropped
-        return dropped
+        return None if nothing_dropped and not self.update_guards else dropped
 
     def _optimize(self, optimizer: th.optim.Optimizer, loss: th.Tensor, dropped: th.Tensor | None) -> None:
         """One step of one optimiser on one loss; no step if every task is dropped."""
@@ -921,7 +1065,32 @@ class MTSAC(SAC):
         loss.backward()
         if optimizer is not self.ent_coef_optimizer:
             self._clip_gradients(optimizer)
-        step_unless(optimizer, None if dropped is None else dropped.all())
+        self._step(optimizer, dropped)
+
+    def _step(self, optimizer: th.optim.Optimizer, dropped: th.Tensor | None) -> None:
+        """One step of an optimiser; none if every task is dropped or a gradient is not finite."""
+        skip = None if dropped is None else dropped.all()
+        finite = have_finite_gradients(optimizer)
+        if self._may_look:
+            is_bad = finite is not None and not finite
+            self._has_bad_gradients |= is_bad
+            if not self._is_rehearsal and not is_bad:
+                step_unless(optimizer, skip)
+            elif not self._is_rehearsal:
+                self.skipped_steps.add_(1)
+            return
+        if finite is not None:
+            self.skipped_steps.add_(~finite)
+            if optimizer.defaults.get("fused"):
+                skip = ~finite if skip is None else skip | ~finite
+            else:
+                if not self.update_guards:
+                    skip = None  # to skip the step would mean to wait for the device; the gradients are zero
+                for group in optimizer.param_groups:
+                    for param in group["params"]:
+                        if param.grad is not None:
+                            param.grad.masked_fill_(~finite, 0.0)
+        step_unless(optimizer, skip)
 
     def _clip_gradients(self, optimizer: th.optim.Optimizer) -> None:
         if self.max_grad_norm is not None:
@@ -962,6 +1131,8 @@ class MTSAC(SAC):
         self, task_critic_losses: th.Tensor, task_actor_losses: th.Tensor, ent_coef_losses: th.Tensor | None
     ) -> None:
         """Add this update to the sums that ``dump_logs`` reads; nothing leaves the device here."""
+        if self._is_rehearsal:
+            return
         values = {"critic_loss": task_critic_losses, "actor_loss": task_actor_losses}
         if self.log_ent_coef is not None and ent_coef_losses is not None:
             values["ent_coef"] = self._bounded_log_ent_coef().detach().exp()
@@ -972,6 +1143,8 @@ class MTSAC(SAC):
         self._n_summed_updates += 1
 
     def _add_to_train_sums(self, values: dict[str, th.Tensor]) -> None:
+        if self._is_rehearsal:
+            return
         for name, value in values.items():
             if name not in self._train_sums:
                 self._train_sums[name] = th.zeros_like(value)
@@ -989,16 +1162,36 @@ class MTSAC(SAC):
                 self._record_per_task(f"train/{name}", mean.tolist())
         self._train_sums.clear()
         self._n_summed_updates = 0
-        if self.update_guards:
-            counts = self.dropped_updates.tolist()
-            self.logger.record("train/dropped_updates", sum(counts))
-            if self.num_tasks > 1:
-                self._record_per_task("train/dropped_updates", counts)
-            for guard in self.update_guards:
-                guard.log_to(self.logger, self.task_names)
+        self._record_what_was_left_out()
+        for guard in self.update_guards:
+            guard.log_to(self.logger, self.task_names)
         if self._prioritized_buffer is not None:
             self._record_priorities(self._prioritized_buffer)
         super().dump_logs()
+
+    def _record_what_was_left_out(self) -> None:
+        """Counts since the start of training; without guards only once there is something to count."""
+        refused = self.replay_buffer.refused.tolist() if isinstance(self.replay_buffer, MultiTaskReplayBuffer) else []
+        dropped = self.dropped_updates.tolist()
+        n_skipped = int(self.skipped_steps)
+        if self.update_guards or any(dropped):
+            self.logger.record("train/dropped_updates", sum(dropped))
+            if self.num_tasks > 1:
+                self._record_per_task("train/dropped_updates", dropped)
+        if any(refused):
+            self.logger.record("train/refused_transitions", sum(refused))
+            if self.num_tasks > 1:
+                self._record_per_task("train/refused_transitions", refused)
+        if n_skipped:
+            self.logger.record("train/skipped_steps", n_skipped)
+        if (any(refused) or n_skipped) and not self._warned_of_nonfinite:
+            self._warned_of_nonfinite = True
+            tasks = ", ".join(f"{name} ({n})" for name, n in zip(self.task_names, refused, strict=False) if n) or "none"
+            warnings.warn(
+                f"what was not finite was left out: transitions of the tasks {tasks}, {n_skipped} steps of optimisers; "
+                "train/refused_transitions and train/skipped_steps go on counting",
+                stacklevel=2,
+            )
 
     def _record_priorities(self, buffer: TaskPrioritizedReplayBuffer) -> None:
         """``train/priority_*`` as they are now: shares of the tasks, success rates that they follow, highest priorities."""
@@ -1031,7 +1224,7 @@ class MTSAC(SAC):
                 stacklevel=2,
             )
 
-    def _record_per_task(self, name: str, values: list[float]) -> None:
+    def _record_per_task(self, name: str, values: Sequence[float]) -> None:
         record_per_task(self.logger, name, dict(zip(self.task_names, values, strict=True)), console=False)
 
     def learn(
@@ -1124,6 +1317,12 @@ class MTSAC(SAC):
         "_n_summed_updates",
         "_dropped_at_last_dump",
         "_warned_of_stuck_tasks",
+        "_warned_of_nonfinite",
+        "_nonfinite_tasks",
+        "_may_look",
+        "_env_tasks",
+        "_is_rehearsal",
+        "_has_bad_gradients",
         "_spoilt_rows",
         "_stepping_env",
         "_waiting_updates",
@@ -1134,7 +1333,7 @@ class MTSAC(SAC):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
-        return state_dicts, [*variables, "dropped_updates"]
+        return state_dicts, [*variables, "dropped_updates", "skipped_steps"]
 
     def set_parameters(
         self,

@@ -44,6 +44,7 @@ class PaCoSAC(MTSAC):
     :param w_reset: Whether the vector of a masked task is reset
     :param w_reset_simplex: How the mixture is drawn: "dirichlet", uniform on the simplex as in the paper, or "l1_uniform",
         uniform numbers divided by their sum as in the authors' code
+    :param on_nonfinite: As in ``MTSAC``; "mask", which belongs to loss maskout, by default
     :param w_reset_moments: Also forget the optimiser's moments of a vector that is reset (the authors' code does not)
     :raises ValueError: for a bad argument, or an environment that does not fit it
     """
@@ -98,6 +99,7 @@ class PaCoSAC(MTSAC):
         cpu_tuning: bool = True,
         amp: str = "none",
         overlap: bool = False,
+        on_nonfinite: str = "mask",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -146,6 +148,7 @@ class PaCoSAC(MTSAC):
             cpu_tuning=cpu_tuning,
             amp=amp,
             overlap=overlap,
+            on_nonfinite=on_nonfinite,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,

@@ -91,6 +91,7 @@ class STARSSAC(MTSAC):
         reward sum; early errors on Meta-World with 500 steps reach some thousands); None: never, and then no w-reset either
     :param w_reset: Whether the vector of a masked task is reset (not with ``n_param_sets=1``)
     :param w_reset_simplex: How the new vector is drawn, see ``PaCoSAC``
+    :param on_nonfinite: As in ``MTSAC``; "mask", which belongs to loss maskout, by default
     :raises ValueError: for a bad argument, or an environment that does not fit it
     """
 
@@ -156,6 +157,7 @@ class STARSSAC(MTSAC):
         cpu_tuning: bool = True,
         amp: str = "none",
         overlap: bool = False,
+        on_nonfinite: str = "mask",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -214,6 +216,7 @@ class STARSSAC(MTSAC):
             cpu_tuning=cpu_tuning,
             amp=amp,
             overlap=overlap,
+            on_nonfinite=on_nonfinite,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,

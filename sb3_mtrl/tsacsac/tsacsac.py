@@ -20,14 +20,7 @@ from torch.nn import functional as F
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import record_per_task
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses
-from sb3_mtrl.common.utils import (
-    check_choice,
-    check_number,
-    check_number_or_auto,
-    polyak_update_,
-    step_unless,
-    task_ids_from_observation,
-)
+from sb3_mtrl.common.utils import check_choice, check_number, check_number_or_auto, polyak_update_, step_unless
 from sb3_mtrl.mtsac.mtsac import MTSAC, ReplaySamples
 from sb3_mtrl.mtsac.policies import MTSACActor, MTSACCritic
 from sb3_mtrl.pacosac.policies import PaCoPolicy
@@ -154,6 +147,7 @@ class TSACSAC(MTSAC):
         cpu_tuning: bool = True,
         amp: str = "none",
         overlap: bool = False,
+        on_nonfinite: str = "raise",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -214,6 +208,7 @@ class TSACSAC(MTSAC):
             cpu_tuning=cpu_tuning,
             amp=amp,
             overlap=overlap,
+            on_nonfinite=on_nonfinite,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
@@ -380,8 +375,7 @@ class TSACSAC(MTSAC):
     def _count_rewards(self, success: np.ndarray, rewards: np.ndarray) -> None:
         task_ids = np.zeros(len(rewards), dtype=np.int64)
         if self.num_tasks > 1:
-            assert isinstance(self._last_obs, np.ndarray)
-            task_ids = task_ids_from_observation(self._last_obs, self.num_tasks)
+            task_ids = self._tasks_of_envs(self._last_obs)
         n_steps = np.bincount(task_ids, minlength=self.num_tasks)
         self._logged_success += [np.bincount(task_ids, weights=success, minlength=self.num_tasks), n_steps]
         # Random actions of the warm-up say nothing of the policies
@@ -465,7 +459,7 @@ class TSACSAC(MTSAC):
         self._optimize(self.editor.optimizer, edit_losses.mean(), dropped)
 
         for optimizer in self._shared_optimizers():
-            step_unless(optimizer, None if dropped is None else dropped.all())
+            self._step(optimizer, dropped)
         self._update_priorities(th.cat([td_errors, sparse_td_errors]), dropped, replay_data)
         task_actor_losses = self._task_means(entropy_term - sp_values, replay_data)
         self._sum_train_values(task_critic_losses, task_actor_losses, ent_coef_losses)

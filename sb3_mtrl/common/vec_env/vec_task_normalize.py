@@ -7,7 +7,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-from sb3_mtrl.common.utils import check_choice, check_number, get_num_tasks, task_ids_from_observation
+from sb3_mtrl.common.utils import check_choice, check_number, finite_task_ids, get_num_tasks
 
 
 class TaskMeanStd(RunningMeanStd):
@@ -49,7 +49,21 @@ class TaskMeanStd(RunningMeanStd):
         self.mean, self.var = np.where(seen, self.mean, mean), np.where(seen, self.var, var)
 
 
-class OneHotTailMeanStd(RunningMeanStd):
+class FiniteMeanStd(RunningMeanStd):
+    """Running mean and variance of vectors that leaves out those with a NaN or an infinity."""
+
+    def update(self, arr: np.ndarray) -> None:
+        """
+        :param arr: Vectors, shape (B, ...)
+        """
+        finite = np.isfinite(arr)
+        if not finite.all():
+            arr = arr[finite.all(axis=tuple(range(1, arr.ndim)))]
+        if len(arr) > 0:
+            super().update(arr)
+
+
+class OneHotTailMeanStd(FiniteMeanStd):
     """
     Running mean and variance of observations that keeps mean 0 and variance 1 for the one-hot at their end.
 
@@ -82,6 +96,9 @@ class VecTaskNormalize(VecNormalize):
     rewards does not drown the others.
 
     The task is read from the observation. On environments that name no tasks this is ``VecNormalize``, number for number.
+
+    A NaN or an infinity in the observation or the reward of one sub-environment reaches no statistics, and stays one (NaN)
+    when it is normalised, instead of being clipped to a number that looks like the others.
 
     :param venv: The vector environment to wrap
     :param training: Whether to update the statistics
@@ -123,7 +140,9 @@ class VecTaskNormalize(VecNormalize):
         self._task_ids: np.ndarray | None = None  # (n_envs,), None before the first reset
         if self.one_hot_dim > 0:
             self.ret_rms = TaskMeanStd(self.one_hot_dim)
-            if self.norm_obs:
+        if self.norm_obs and isinstance(self.obs_rms, RunningMeanStd):
+            self.obs_rms = FiniteMeanStd(shape=self.observation_space.shape)  # type: ignore[assignment, arg-type]
+            if self.one_hot_dim > 0:
                 self.obs_rms = OneHotTailMeanStd(self.observation_space.shape, self.one_hot_dim)  # type: ignore[assignment, arg-type]
 
     def _check_one_hot(self, observation_space: spaces.Space) -> None:
@@ -176,20 +195,21 @@ class VecTaskNormalize(VecNormalize):
     def _read_task_ids(self) -> None:
         if self.one_hot_dim > 0:
             assert isinstance(self.old_obs, np.ndarray)
-            self._task_ids = task_ids_from_observation(self.old_obs, self.one_hot_dim)
+            before = np.zeros(self.num_envs, dtype=np.int64) if self._task_ids is None else self._task_ids
+            self._task_ids = finite_task_ids(self.old_obs, self.one_hot_dim, before)
 
     def _update_reward(self, reward: np.ndarray) -> None:
-        if self.one_hot_dim == 0:
-            super()._update_reward(reward)
-            return
-        assert isinstance(self.ret_rms, TaskMeanStd)
-        self.returns = self.returns * self.gamma + reward
-        self.ret_rms.update_tasks(self.returns, self._current_tasks())
+        finite = np.isfinite(reward)
+        self.returns = self.returns * self.gamma + np.where(finite, reward, 0.0)
+        if isinstance(self.ret_rms, TaskMeanStd):
+            self.ret_rms.update_tasks(self.returns[finite], self._current_tasks()[finite])
+        elif finite.any():
+            self.ret_rms.update(self.returns[finite])
 
     def _normalize_obs(self, obs: np.ndarray, obs_rms: RunningMeanStd) -> np.ndarray:
         normalized = super()._normalize_obs(obs, obs_rms)
         self._copy_one_hot(obs, normalized)
-        return normalized
+        return _keep_nonfinite(obs, normalized)
 
     def _unnormalize_obs(self, obs: np.ndarray, obs_rms: RunningMeanStd) -> np.ndarray:
         unnormalized = super()._unnormalize_obs(obs, obs_rms)
@@ -213,7 +233,7 @@ class VecTaskNormalize(VecNormalize):
         """
         if self.norm_reward:
             scale = np.sqrt(self._return_variance(reward, task_ids) + self.epsilon)
-            reward = np.clip(reward / scale, -self.clip_reward, self.clip_reward)
+            reward = _keep_nonfinite(reward, np.clip(reward / scale, -self.clip_reward, self.clip_reward))
         return reward.astype(np.float32)
 
     def unnormalize_reward(self, reward: np.ndarray, task_ids: np.ndarray | None = None) -> np.ndarray:
@@ -268,3 +288,9 @@ class VecTaskNormalize(VecNormalize):
             raise ValueError(f"{load_path} must hold a VecTaskNormalize, got {type(vec_normalize).__name__}")
         vec_normalize.set_venv(venv)
         return vec_normalize
+
+
+def _keep_nonfinite(values: np.ndarray, normalized: np.ndarray) -> np.ndarray:
+    """The normalised values, NaN where the values were not finite: clipping would hide an infinity."""
+    finite = np.isfinite(values)
+    return normalized if finite.all() else np.where(finite, normalized, np.nan)
