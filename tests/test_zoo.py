@@ -520,12 +520,14 @@ def test_shared_memory_vec_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     made = []
     monkeypatch.setattr(MultiTaskExperimentMixin, "_maybe_normalize", lambda self, env, eval_env: made.append(env) or env)
     zoo_train(
-        "--algo", "mtsac", *TINY_ENV, "-n", "30", "--eval-freq", "-1", "-params", *TINY_NETS, "vec_env:'shared'", "n_workers:2"
+        "--algo", "mtsac", *TINY_ENV, "-n", "30", "--eval-freq", "-1", "-params", *TINY_NETS,
+        "vec_env:'shared'", "n_workers:2", "worker_timeout:60", "restart_workers:True",
     )  # fmt: skip
     (env,) = made
     assert isinstance(env, VecTaskAssignment)
     assert isinstance(env.venv, SharedMemoryVecEnv)
     assert env.venv.assignment == [[0, 2], [1]]
+    assert (env.venv.worker_timeout, env.venv.restart_workers) == (60, True)
     assert env.venv.closed
 
 
@@ -536,4 +538,4 @@ def test_shared_memory_vec_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_wrong_vec_env(hyperparams: dict, message: str) -> None:
     manager = manager_of("mtsac")
     with pytest.raises(ValueError, match=message):
-        manager._choose_vec_env(hyperparams.get("vec_env"), hyperparams.get("n_workers"))
+        manager._choose_vec_env(hyperparams.get("vec_env"), n_workers=hyperparams.get("n_workers"))

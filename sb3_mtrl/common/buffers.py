@@ -30,7 +30,8 @@ class MultiTaskReplayBuffer(ReplayBuffer):
     it came from; so any number of sub-environments works, and loading with another number does too. The one-hot itself is not
     stored. A transition is one float32 row, so that a batch is one gather.
 
-    A transition that holds a NaN or an infinity is not stored but counted (``refused``, one count per task).
+    A transition that holds a NaN or an infinity is not stored but counted (``refused``, one count per task), nor is one that
+    never happened (``info["worker_restarted"]``, see ``SharedMemoryVecEnv``).
 
     :param buffer_size: Max number of transitions over all tasks; each task gets ``buffer_size // num_tasks``
     :param observation_space: Box of shape ``(n + num_tasks,)``
@@ -191,6 +192,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         kept = np.asarray(np.isfinite(rows).all(axis=1))
         if not kept.all():
             self._refuse(rows[~kept], task_ids[~kept])
+        kept = kept & np.array([not info.get("worker_restarted", False) for info in infos])
         self._rows[self._take_places(task_ids[kept])] = rows[kept]
 
     def _refuse(self, rows: np.ndarray, task_ids: np.ndarray) -> None:

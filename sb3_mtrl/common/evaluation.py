@@ -313,6 +313,10 @@ class _Quotas:
             )
         return False
 
+    def give_back(self, env_id: int, task_id: int) -> None:
+        """An episode that counted did not come to its end."""
+        self.remaining[self.rows[env_id], task_id] += 1
+
     @property
     def exhausted(self) -> bool:
         return not self.remaining.any()
@@ -416,8 +420,12 @@ def _play(
             if starting[i]:
                 task_ids[i] = task_id_of_step(info, _row(observations, i), num_tasks)
                 counted[i] = quotas.take(i, int(task_ids[i]))
+            is_lost = info.get("worker_restarted", False)  # with its worker, see SharedMemoryVecEnv: another one is played
+            if is_lost and counted[i]:
+                quotas.give_back(i, int(task_ids[i]))
+                counted[i] = False
             # A wrapper may send "done" before the true end (a life lost in Atari); Monitor knows the true end
-            starting[i] = ("episode" in info) if (done and is_monitored) else done
+            starting[i] = ("episode" in info or is_lost) if (done and is_monitored) else done
             if not starting[i]:
                 continue
             if counted[i]:

@@ -187,7 +187,9 @@ class SuccessWindows:
         np.maximum(self._solved, [float(info.get("is_success") or 0) for info in infos], out=self._solved)
         changed = False
         for index in np.flatnonzero(dones).tolist():
-            if infos[index].get("is_success") is None:
+            if infos[index].get("worker_restarted"):
+                pass  # the episode was cut off with its worker
+            elif infos[index].get("is_success") is None:
                 warnings.warn("the infos have no is_success: the shares of the tasks in a batch stay equal", stacklevel=2)
             elif self._counts[index]:
                 self.windows[task_ids[index]].append(float(self._solved[index] > 0))

@@ -352,7 +352,8 @@ class TSACSAC(MTSAC):
 
     def _read_success(self, infos: list[dict[str, Any]]) -> np.ndarray:
         """Whether the step just made ended in success, ``(n_envs,)`` bool."""
-        if not self._warned_of_missing_success and not all("success" in info for info in infos):
+        tells_success = all("success" in info or info.get("worker_restarted") for info in infos)
+        if not self._warned_of_missing_success and not tells_success:
             self._warned_of_missing_success = True
             warnings.warn(
                 "the environment's infos hold no 'success': it counts as 0, so the sparse reward of TSACSAC says nothing",

@@ -18,7 +18,10 @@ RL_ZOO_KEYS = (
     *("env_kwargs", "noise_type", "noise_std"),
 )
 # What sb3_mtrl.zoo.exp_manager reads
-OWN_KEYS = ("batch_size_per_task", "vec_env", "n_workers", "random_baseline", "tuning_objective")
+OWN_KEYS = (
+    *("batch_size_per_task", "vec_env", "n_workers", "worker_timeout", "restart_workers"),
+    *("random_baseline", "tuning_objective"),
+)
 # Arguments of the algorithm that come from the command line
 COMMAND_LINE_KEYS = ("env", "seed", "verbose", "device", "tensorboard_log")
 NOISE_TYPES = ("normal", "ornstein-uhlenbeck")
@@ -60,6 +63,8 @@ def check_hyperparams(algorithm: type[BaseAlgorithm], hyperparams: Mapping[str, 
     check_integer("batch_size_per_task", given.get("batch_size_per_task"), 1, or_none=True)
     check_integer("frame_stack", given.get("frame_stack"), 1, or_none=True)
     check_integer("n_workers", given.get("n_workers"), 1, or_none=True)
+    check_number("worker_timeout", given.get("worker_timeout"), above=0, or_none=True, finite=False)
+    check_choice("restart_workers", given.get("restart_workers"), (True, False, None))
     check_number("learning_starts", given.get("learning_starts", 0), 0)
     check_choice("random_baseline", given.get("random_baseline", False), (True, False))
     for key, types in (("env_kwargs", (dict,)), ("monitor_kwargs", (dict, str)), ("normalize", (bool, dict, str))):

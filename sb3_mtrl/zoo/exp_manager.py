@@ -4,9 +4,11 @@ RL Zoo's experiment manager for multi-task algorithms. For every other algorithm
 What it adds for ours:
 
 * The hyperparameters come from ``hyperparams/<algo>.yml`` of this package (``-conf`` still wins). Keys beyond RL Zoo's:
-  ``batch_size_per_task`` (instead of ``batch_size``), ``vec_env`` with ``n_workers``, ``random_baseline`` and
-  ``tuning_objective`` (all three below); the value ``num_tasks`` stands for the number of tasks (``n_envs: num_tasks``).
-* ``vec_env: shared`` simulates in ``n_workers`` processes (default: one per core) with shared memory; ``dummy`` and
+  ``batch_size_per_task`` (instead of ``batch_size``), ``vec_env`` with ``n_workers``, ``worker_timeout`` and
+  ``restart_workers``, ``random_baseline`` and ``tuning_objective`` (all below); the value ``num_tasks`` stands for the number
+  of tasks (``n_envs: num_tasks``).
+* ``vec_env: shared`` simulates in ``n_workers`` processes (default: one per core) with shared memory; one that does not reply
+  for ``worker_timeout`` seconds (600) is an error, or replaced if ``restart_workers: true``; ``dummy`` and
   ``subproc`` are what they are for ``--vec-env``, which is overruled. ``-params "vec_env:'shared'"`` on the command line.
 * ``env_kwargs`` of the file reach the evaluation environment; ``--eval-env-kwargs`` is laid over them.
 * Sub-environments share the tasks out (``VecTaskAssignment``), also where no ``vec_env_wrapper`` asks for it.
@@ -42,7 +44,7 @@ from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 from sb3_mtrl.common.callbacks import DEFAULT_EVAL_SEED, MultiTaskEvalCallback, ProgressFileCallback
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, RandomPolicy, evaluate_multi_task_policy, format_task_table
 from sb3_mtrl.common.vec_env import VecTaskNormalize, preload_worker_imports
-from sb3_mtrl.common.vec_env.make import add_n_workers, resolve_vec_env
+from sb3_mtrl.common.vec_env.make import add_worker_arguments, resolve_vec_env
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.checks import check_config_file, check_hyperparams
 from sb3_mtrl.zoo.utils import TASK_ASSIGNMENT, hyperparams_path
@@ -56,6 +58,7 @@ else:
 # What RL Zoo evaluates where it is a string
 CODE_KEYS = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "monitor_kwargs", "normalize")
 TUNING_OBJECTIVES = ("success_rate", "mean_reward")
+WORKER_ARGUMENTS = ("n_workers", "worker_timeout", "restart_workers")
 
 
 class MultiTaskTrialEvalCallback(MultiTaskEvalCallback):
@@ -154,7 +157,8 @@ class MultiTaskExperimentMixin(ExperimentManager):
         if self.tuning_objective not in TUNING_OBJECTIVES:
             raise ValueError(f"tuning_objective must be one of {', '.join(TUNING_OBJECTIVES)}, got {self.tuning_objective!r}")
         self.random_baseline = hyperparams.pop("random_baseline", self.random_baseline)
-        self._choose_vec_env(hyperparams.pop("vec_env", None), hyperparams.pop("n_workers", None))
+        worker_arguments = {name: hyperparams.pop(name, None) for name in WORKER_ARGUMENTS}
+        self._choose_vec_env(hyperparams.pop("vec_env", None), **worker_arguments)
         code = [key for key in CODE_KEYS if isinstance(hyperparams.get(key), str)]
         try:
             processed = super()._preprocess_hyperparams(hyperparams)
@@ -168,12 +172,16 @@ class MultiTaskExperimentMixin(ExperimentManager):
             self.log_interval = -2
         return processed
 
-    def _choose_vec_env(self, name: str | None, n_workers: int | None) -> None:
+    def _choose_vec_env(self, name: str | None, **worker_arguments: Any) -> None:
         if name is not None:
             self.vec_env_class = resolve_vec_env(name)
             if name != "dummy":
                 preload_worker_imports()
-        self.vec_env_kwargs = add_n_workers(self.vec_env_class, n_workers, self.vec_env_kwargs)  # type: ignore[arg-type]
+        self.vec_env_kwargs = add_worker_arguments(
+            self.vec_env_class,  # type: ignore[arg-type]
+            self.vec_env_kwargs,
+            **worker_arguments,
+        )
 
     def _shorten_warm_up(self, hyperparams: dict[str, Any]) -> None:
         if "learning_starts" not in hyperparams or "learning_starts" in (self.custom_hyperparams or {}):

@@ -42,6 +42,8 @@ def make_multi_task_vec_env(
     wrapper_kwargs: dict[str, Any] | None = None,
     vec_env: str | None = None,
     n_workers: int | None = None,
+    worker_timeout: float | None = None,
+    restart_workers: bool | None = None,
 ) -> VecTaskAssignment:
     """
     SB3's ``make_vec_env`` for multi-task environments: the tasks are shared out among the sub-environments.
@@ -63,6 +65,9 @@ def make_multi_task_vec_env(
         ``"shared"``: a few processes with several each, the fastest for Meta-World (:class:`SharedMemoryVecEnv`). See also
         :func:`preload_worker_imports`, which is called here
     :param n_workers: Number of processes of ``"shared"``; None for the number of cores
+    :param worker_timeout: Seconds that a process of ``"shared"`` has for a reply; None for its default, 600
+    :param restart_workers: Whether ``"shared"`` replaces a process that ended, does not reply or raised an exception, and goes
+        on; None for its default, False: an error
     :return: The vector environment, in a :class:`VecTaskAssignment`
     :raises ValueError: if ``n_envs`` is below 1, the id or the kind of vector environment is unknown, arguments exclude each
         other, or the environment does not take tasks
@@ -97,7 +102,9 @@ def make_multi_task_vec_env(
         raise ValueError(f"vec_env and vec_env_cls exclude each other, got {vec_env!r} and {vec_env_cls.__name__}")
     if vec_env_cls is None:
         vec_env_cls = resolve_vec_env(vec_env or "dummy")
-    vec_env_kwargs = add_n_workers(vec_env_cls, n_workers, vec_env_kwargs)
+    vec_env_kwargs = add_worker_arguments(
+        vec_env_cls, vec_env_kwargs, n_workers=n_workers, worker_timeout=worker_timeout, restart_workers=restart_workers
+    )
     if issubclass(vec_env_cls, (SubprocVecEnv, SharedMemoryVecEnv)):
         preload_worker_imports()
     venv = make_vec_env(
@@ -130,22 +137,21 @@ def resolve_vec_env(name: str) -> type[VecEnv]:
     return VEC_ENVS[name]
 
 
-def add_n_workers(
-    vec_env_cls: type[VecEnv], n_workers: int | None, vec_env_kwargs: dict[str, Any] | None = None
+def add_worker_arguments(
+    vec_env_cls: type[VecEnv], vec_env_kwargs: dict[str, Any] | None = None, **worker_arguments: Any
 ) -> dict[str, Any]:
     """
     :param vec_env_cls: Class of the vector environment
-    :param n_workers: Number of its workers; None leaves it to the class
-    :param vec_env_kwargs: Its other arguments
+    :param vec_env_kwargs: Its arguments
+    :param worker_arguments: Arguments about its workers, of which None is left to the class
     :return: All its arguments
-    :raises ValueError: if the class has no workers that could be counted
+    :raises ValueError: if the class has no workers that these arguments are about
     """
-    vec_env_kwargs = dict(vec_env_kwargs or {})
-    if n_workers is None:
-        return vec_env_kwargs
-    if not issubclass(vec_env_cls, SharedMemoryVecEnv):
-        raise ValueError(f"n_workers is for vec_env='shared' alone, got n_workers={n_workers} for {vec_env_cls.__name__}")
-    return {**vec_env_kwargs, "n_workers": n_workers}
+    given = {name: value for name, value in worker_arguments.items() if value is not None}
+    if given and not issubclass(vec_env_cls, SharedMemoryVecEnv):
+        name, value = next(iter(given.items()))
+        raise ValueError(f"{name} is for vec_env='shared' alone, got {name}={value} for {vec_env_cls.__name__}")
+    return {**(vec_env_kwargs or {}), **given}
 
 
 def _find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
