@@ -1,14 +1,18 @@
 """From a trained agent to tables, pictures and videos: the commands ``sb3_mtrl.evaluate``, ``.plot`` and ``.record``."""
 
 import json
+import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
+import yaml
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_mtrl.evaluate
@@ -76,6 +80,32 @@ def test_evaluate_writes_what_the_policy_does(logs: Path, capsys: pytest.Capture
     env.close()
     assert result["mean_reward"] == pytest.approx(evaluation.mean_reward)
     assert result["tasks"]["point-1"]["mean_reward"] == pytest.approx(evaluation.mean_rewards[1])
+
+
+def test_evaluate_without_unpickling(
+    logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers are the same; unpickling, and what makes Python objects of YAML, would fail the test."""
+    rates = []
+    for safe in ([], ["--safe"]):
+        if safe:
+            for module, name in ((cloudpickle, "loads"), (pickle, "load"), (yaml, "unsafe_load")):
+                monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("unpickled"))
+        command(sb3_mtrl.evaluate, "mtsac", logs, "--exp-id", "1", "--episodes-per-task", "2", *safe)
+        result = json.loads((logs / "mtsac" / f"{ENV_ID}_1" / f"{ENV_ID}.evaluation.json").read_text())
+        rates.append([task["mean_reward"] for task in result["tasks"].values()])
+    assert rates[0] == rates[1]
+    with pytest.raises(SystemExit):
+        command(sb3_mtrl.evaluate, "mtsac", logs, "--exp-id", "2", "--safe")
+    assert "--safe reads weights and plain numbers only and refused normalize, vecnormalize.pkl" in capsys.readouterr().err
+    # A configuration that would run a command
+    shutil.copytree(logs / "mtsac" / f"{ENV_ID}_1", tmp_path / "mtsac" / f"{ENV_ID}_1")
+    touched = tmp_path / "touched"
+    config = tmp_path / "mtsac" / f"{ENV_ID}_1" / ENV_ID / "config.yml"
+    config.write_text(f"env_kwargs: !!python/object/apply:os.system ['touch {touched}']\n")
+    with pytest.raises(SystemExit):
+        command(sb3_mtrl.evaluate, "mtsac", tmp_path, "--safe")
+    assert f"refused {config}" in capsys.readouterr().err and not touched.exists()
 
 
 def test_evaluate_several_experiments(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,18 +4,15 @@ import io
 import math
 import os
 import pathlib
-import pickle
 import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch as th
 from stable_baselines3 import SAC
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
@@ -41,6 +38,7 @@ from sb3_mtrl.common.callbacks import has_multi_task_evaluation, record_per_task
 from sb3_mtrl.common.cpu_tuning import bfloat16_probe, fast_matmul, learner_threads, tune_process
 from sb3_mtrl.common.policies import single_task_policy
 from sb3_mtrl.common.prioritized import SuccessWindows, TaskPrioritizedReplayBuffer
+from sb3_mtrl.common.safe_load import DAMAGE, read_bytes, replace_pickles, space_to_plain, train_freq_to_plain
 from sb3_mtrl.common.torch_layers import base_observation_space
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses, UpdateGuard
 from sb3_mtrl.common.utils import (
@@ -1311,6 +1309,41 @@ class MTSAC(SAC):
             )
         return single_task_policy(self.policy, self.num_tasks, self._task_id(task))
 
+    @classmethod
+    def plain_classes(cls) -> dict[str, dict[str, type]]:
+        """
+        :return: Classes that a model file may name in plain text, by attribute and name
+        """
+        buffers = (MultiTaskReplayBuffer, TaskPrioritizedReplayBuffer, ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
+        return {
+            "policy_class": dict(cls.policy_aliases),
+            "replay_buffer_class": {buffer.__name__: buffer for buffer in buffers},
+        }
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model in a zip-file, see SB3's ``save``; what SB3 pickles is also described in plain text, for
+        ``load(safe=True)``.
+
+        :param path: Path to the file
+        :param exclude: Names of attributes to leave out
+        :param include: Names of attributes to save that are left out otherwise
+        """
+        self.plain_settings: dict[str, Any] = {
+            "observation_space": space_to_plain(self.observation_space),
+            "action_space": space_to_plain(self.action_space),
+            "train_freq": train_freq_to_plain(self.train_freq) if isinstance(self.train_freq, TrainFreq) else None,
+        }
+        for name, classes in self.plain_classes().items():
+            own_class = getattr(self, name)
+            self.plain_settings[name] = next((key for key, value in classes.items() if value is own_class), None)
+        super().save(path, exclude, include)
+
     _unsaved = (
         "update_guards",
         "_train_sums",
@@ -1365,28 +1398,38 @@ class MTSAC(SAC):
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
         force_reset: bool = True,
+        safe: bool = False,
         **kwargs: Any,
     ) -> SelfMTSAC:
         """
         Load the model from a zip-file, see SB3's ``load``.
 
-        :raises ValueError: if the file is damaged, or ``env`` does not have the tasks that the model was made for
+        Such a file holds pickles: to load it is to run what its author put there. With ``safe=True`` weights and numbers are
+        read alone. Spaces, the kinds of policy and buffer and the training frequency come from their plain descriptions in
+        the file, the schedule from a learning rate that is a number; the state of the interrupted run (last observation,
+        windows of statistics) is left out. What else is not plain, e.g. a learning rate that is a function, or
+        ``policy_kwargs`` with classes, has to be given as an argument.
+
+        :param safe: Whether to unpickle nothing
+        :raises ValueError: if the file is damaged, ``env`` does not have the tasks that the model was made for, or ``safe``
+            refuses something, which it names
         """
+        shown_path = path
+        if safe:
+            path = read_bytes(path)
+            env = None if env is None else cls._wrap_env(env)
+            env_spaces = {} if env is None else dict(observation_space=env.observation_space, action_space=env.action_space)
+            given = {**(custom_objects or {}), **kwargs}
+            custom_objects = replace_pickles(shown_path, path, cls, given, env_spaces)
         try:
             data, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects)
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-            KeyError,
-            RuntimeError,
-            UnicodeDecodeError,
-            pickle.UnpicklingError,
-        ) as e:
-            raise ValueError(f"path must name a whole model file, got {path}, which is damaged: {e}") from e
+        except DAMAGE as e:
+            raise ValueError(
+                f"path must name a whole model file, got {shown_path}, which is damaged, or holds more than tensors: {e}"
+            ) from e
         if data is None or "num_tasks" not in data:
             raise ValueError(
-                f"path must name a whole file of an {cls.__name__} model, got {path}, which lacks some of its parts"
+                f"path must name a whole file of an {cls.__name__} model, got {shown_path}, which lacks some of its parts"
             )
         if env is not None:
             env = cls._wrap_env(env, data["verbose"])

@@ -646,6 +646,13 @@ class TSACSAC(MTSAC):
             "a policy of TSACSAC cannot be exported as a plain SACPolicy: a second network edits the action of the first"
         )
 
+    @classmethod
+    def plain_classes(cls) -> dict[str, dict[str, type]]:
+        """
+        :return: Classes that a model file may name in plain text, by attribute and name
+        """
+        return {**super().plain_classes(), "policy_class": dict(POLICIES)}
+
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),

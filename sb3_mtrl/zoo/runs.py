@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from sb3_mtrl.common.vec_env import preload_worker_imports
 from sb3_mtrl.envs import MetaWorldMultiTaskEnv
 from sb3_mtrl.zoo import register
+from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.patches import TRAIN_FOLDER
 from sb3_mtrl.zoo.utils import TASK_ASSIGNMENT
 
@@ -34,6 +35,8 @@ class TrainedRun:
     :param exp_id: Number of the experiment; -1 where the folder has none
     :param folder: Folder of the experiment
     :param model_path: File of the model
+    :param safe: Whether to read weights and plain numbers only: nothing in the folder is unpickled, and no code that it names
+        is imported
     """
 
     algo: str
@@ -41,28 +44,37 @@ class TrainedRun:
     exp_id: int
     folder: Path
     model_path: Path
+    safe: bool = False
 
     @property
     def train_args(self) -> dict[str, Any]:
         """The command line of the training, as it was saved; empty if it was not."""
-        return _read_yaml(self.folder / EnvironmentName(self.env_id) / "args.yml")
+        return _read_yaml(self.folder / EnvironmentName(self.env_id) / "args.yml", self.safe)
 
     @property
     def env_kwargs(self) -> dict[str, Any]:
         """Arguments of the environment that the agent was trained on."""
-        hyperparams = _read_yaml(self.folder / EnvironmentName(self.env_id) / "config.yml")
+        hyperparams = self._saved_hyperparams
         return {**(hyperparams.get("env_kwargs") or {}), **(self.train_args.get("env_kwargs") or {})}
+
+    @property
+    def _saved_hyperparams(self) -> dict[str, Any]:
+        return _read_yaml(self.folder / EnvironmentName(self.env_id) / "config.yml", self.safe)
 
     def load_model(self, device: th.device | str = "auto") -> BaseAlgorithm:
         """
         :param device: Device of the networks
         :return: The model, without an environment
+        :raises ValueError: if ``safe`` refuses something
         """
         from rl_zoo3.utils import ALGOS
 
+        safe: dict[str, Any] = {"safe": True} if self.safe else {}
+        if self.safe and self.algo not in ALGORITHMS:
+            raise ValueError(f"--safe needs an algorithm of this package ({', '.join(ALGORITHMS)}), got {self.algo}")
         # Schedules may be pickled functions of another Python; nothing is trained here
         custom_objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
-        return ALGOS[self.algo].load(self.model_path, custom_objects=custom_objects, device=device)
+        return ALGOS[self.algo].load(self.model_path, custom_objects=custom_objects, device=device, **safe)
 
     def make_env(
         self,
@@ -88,7 +100,13 @@ class TrainedRun:
         env = gym.spec(self.env_id).make(**kwargs)
         num_tasks, shares_tasks = int(getattr(env.unwrapped, "num_tasks", 1)), hasattr(env.unwrapped, "set_tasks")
         env.close()
-        hyperparams, stats_path = get_saved_hyperparams(str(self.folder / EnvironmentName(self.env_id)), test_mode=True)
+        settings_folder = self.folder / EnvironmentName(self.env_id)
+        hyperparams: dict[str, Any] = {}
+        stats_path: str | None = None
+        if self.safe:
+            self._check_settings(settings_folder)
+        else:
+            hyperparams, stats_path = get_saved_hyperparams(str(settings_folder), test_mode=True)
         hyperparams.pop("env_kwargs", None)
         if shares_tasks:
             hyperparams.setdefault("vec_env_wrapper", TASK_ASSIGNMENT)
@@ -106,6 +124,17 @@ class TrainedRun:
         )
         # Its table, printed on closing, is for enjoy
         return venv.venv if isinstance(venv, VecTaskReport) else venv
+
+    def _check_settings(self, folder: Path) -> None:
+        """Refuse what would have to be unpickled or imported to make the environment of the training."""
+        saved = self._saved_hyperparams
+        refused = [name for name in ("env_wrapper", "frame_stack", "normalize") if saved.get(name)]
+        if saved.get("vec_env_wrapper") not in (None, TASK_ASSIGNMENT):
+            refused.append("vec_env_wrapper")
+        if (folder / "vecnormalize.pkl").exists():
+            refused.append("vecnormalize.pkl")
+        if refused:
+            raise ValueError(f"--safe reads weights and plain numbers only and refused {', '.join(refused)} of {folder}")
 
     def goal_list_kwargs(self, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -148,6 +177,7 @@ def find_run(
     load_best: bool = False,
     load_checkpoint: int | None = None,
     load_last_checkpoint: bool = False,
+    safe: bool = False,
 ) -> TrainedRun:
     """
     :param folder: Folder of all agents (``-f`` of RL Zoo)
@@ -157,6 +187,7 @@ def find_run(
     :param load_best: Take the best model of the evaluations instead of the last
     :param load_checkpoint: Take the checkpoint of this time step
     :param load_last_checkpoint: Take the last checkpoint
+    :param safe: Whether to read weights and plain numbers only
     :return: The run
     :raises FileNotFoundError: if there is no such experiment or no such model
     """
@@ -182,7 +213,7 @@ def find_run(
         )
     except (AssertionError, ValueError) as error:
         raise FileNotFoundError(f"{error} (-f/--folder, --exp-id or the flags --load-... name another one)") from error
-    return TrainedRun(algo, env_id, exp_id, Path(log_path), Path(model_path))
+    return TrainedRun(algo, env_id, exp_id, Path(log_path), Path(model_path), safe)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -202,6 +233,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--load-best", action="store_true", help="best model of the evaluations instead of the last")
     which.add_argument("--load-checkpoint", type=int, metavar="STEPS", help="checkpoint of this time step")
     which.add_argument("--load-last-checkpoint", action="store_true", help="last checkpoint")
+    parser.add_argument(
+        "--safe",
+        action="store_true",
+        help="unpickle nothing: weights and plain numbers alone are read, of agents that come from somebody else",
+    )
     parser.add_argument("--env-kwargs", nargs="+", action=StoreDict, default={}, help="over those of the training")
     parser.add_argument("--gym-packages", nargs="+", default=[], help="modules to import, which register environments")
     parser.add_argument("--device", default="auto", help="PyTorch device (default: %(default)s)")
@@ -232,15 +268,37 @@ def find_runs(parser: argparse.ArgumentParser, args: argparse.Namespace, exp_ids
         parser.error(
             f"argument --env: {args.env} is no registered environment (--gym-packages names modules that register some)"
         )
-    flags = (args.load_best, args.load_checkpoint, args.load_last_checkpoint)
+    flags = (args.load_best, args.load_checkpoint, args.load_last_checkpoint, args.safe)
     try:
         return [find_run(args.folder, args.algo, args.env, exp_id, *flags) for exp_id in exp_ids]
     except FileNotFoundError as error:
         parser.error(str(error))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+class PlainLoader(yaml.SafeLoader):
+    """Reads what RL Zoo saves, ordered dictionaries and tuples of plain values, and no other Python objects."""
+
+
+def _construct_ordered_dict(loader: PlainLoader, node: yaml.SequenceNode) -> dict[str, Any]:
+    (pairs,) = loader.construct_sequence(node, deep=True) or [[]]
+    return dict(pairs)
+
+
+def _construct_tuple(loader: PlainLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
+    return tuple(loader.construct_sequence(node, deep=True))
+
+
+PlainLoader.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _construct_ordered_dict)
+PlainLoader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
+
+
+def _read_yaml(path: Path, safe: bool) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    if safe:
+        try:
+            return dict(yaml.load(path.read_text(), Loader=PlainLoader) or {})
+        except yaml.YAMLError as error:
+            raise ValueError(f"--safe reads plain values only and refused {path}: {error}") from error
     # RL Zoo saves ordered dictionaries, which are Python objects; models are pickles anyway
     return dict(yaml.load(path.read_text(), Loader=yaml.UnsafeLoader) or {})

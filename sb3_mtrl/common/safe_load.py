@@ -1,0 +1,146 @@
+"""
+Reading SB3's model files without unpickling anything: weights and plain numbers only.
+
+An SB3 zip holds a JSON text and tensors. What JSON cannot express (classes, spaces, schedules, the last observation) stands in
+it as a pickle, and unpickling a file means to run what its author put there. The tensors are read by torch with
+``weights_only=True`` in any case.
+"""
+
+import io
+import json
+import pathlib
+import pickle
+import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+
+# Entry of the JSON with plain descriptions of what SB3 would pickle
+PLAIN = "plain_settings"
+# What training leaves behind. A model that is loaded safely starts without it.
+RUN_STATE = (
+    *("_last_obs", "_last_original_obs", "_last_episode_starts", "_last_state"),
+    *("ep_info_buffer", "ep_success_buffer", "success_windows", "_succeeded"),
+)
+# The same, as numbers of each task: (2, T)
+RUN_SUMS = ("_fresh_rewards", "_logged_success")
+# What files are damaged in, see zipfile, json and torch
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, UnicodeDecodeError, pickle.UnpicklingError)
+
+
+def space_to_plain(space: spaces.Space) -> dict[str, Any] | None:
+    """
+    :param space: A space
+    :return: It in types that JSON can hold; None if it is no Box and no dictionary of boxes
+    """
+    if isinstance(space, spaces.Dict):
+        parts = {key: space_to_plain(part) for key, part in space.spaces.items()}
+        return None if None in parts.values() else {"dict": parts}
+    if not isinstance(space, spaces.Box):
+        return None
+    bounds: dict[str, Any] = {}
+    for name, bound in (("low", space.low), ("high", space.high)):
+        values = np.unique(bound)
+        # float32 to float to text and back is exact; JSON's Infinity is Python's
+        bounds[name] = values[0].item() if len(values) == 1 else bound.tolist()
+    return {"shape": list(space.shape), "dtype": str(space.dtype), **bounds}
+
+
+def space_from_plain(plain: Mapping[str, Any]) -> spaces.Space:
+    """
+    :param plain: What ``space_to_plain`` returned
+    :return: The space
+    """
+    if "dict" in plain:
+        return spaces.Dict({key: space_from_plain(part) for key, part in plain["dict"].items()})
+    shape, dtype = tuple(plain["shape"]), np.dtype(plain["dtype"])
+    low, high = (np.broadcast_to(np.asarray(plain[name], dtype=dtype), shape) for name in ("low", "high"))
+    return spaces.Box(low, high, shape, dtype.type)  # type: ignore[arg-type]
+
+
+def train_freq_to_plain(train_freq: TrainFreq) -> list[Any]:
+    """
+    :param train_freq: Frequency and unit
+    :return: Both in types that JSON can hold
+    """
+    return [train_freq.frequency, train_freq.unit.value]
+
+
+def read_bytes(path: str | pathlib.Path | io.BufferedIOBase) -> io.BytesIO:
+    """
+    :param path: A file, with or without its ending ``.zip``, or one that is open
+    :return: Its content: what is checked is then what is read afterwards
+    """
+    if isinstance(path, io.BufferedIOBase):
+        return io.BytesIO(path.read())
+    path = pathlib.Path(path)
+    if not path.exists() and path.suffix != ".zip":
+        path = pathlib.Path(f"{path}.zip")
+    return io.BytesIO(path.read_bytes())
+
+
+def replace_pickles(
+    path: str | pathlib.Path | io.BufferedIOBase,
+    content: io.BytesIO,
+    algorithm_class: type,
+    given: Mapping[str, Any],
+    env_spaces: Mapping[str, spaces.Space],
+) -> dict[str, Any]:
+    """
+    Find a value for everything that a model file holds as a pickle, without reading the pickles.
+
+    :param path: The file's name, for messages
+    :param content: The file
+    :param algorithm_class: Class of the model
+    :param given: Values by name, which win
+    :param env_spaces: Spaces for files that describe none
+    :return: What SB3's ``load`` takes as ``custom_objects``: with them it unpickles nothing
+    :raises ValueError: if the file is damaged, or something in it can neither be rebuilt nor left out
+    """
+    try:
+        with zipfile.ZipFile(content) as archive:
+            data = json.loads(archive.read("data").decode())
+    except (*DAMAGE, json.JSONDecodeError) as error:
+        raise ValueError(f"path must name a whole model file, got {path}, which is damaged: {error}") from error
+    finally:
+        content.seek(0)
+    # Plain, but in the place of a method it would be no data
+    methods = sorted(name for name in data if callable(getattr(algorithm_class, name, None)))
+    pickles = {name for name, value in data.items() if isinstance(value, dict) and ":serialized:" in value}
+    values: dict[str, Any] = {"lr_schedule": None, "action_noise": None} | dict.fromkeys(RUN_STATE)  # SB3 makes them anew
+    values |= {name: np.zeros((2, int(data.get("num_tasks", 1)))) for name in RUN_SUMS}
+    values |= env_spaces
+    values |= _from_plain(data.get(PLAIN) if PLAIN not in pickles else None, algorithm_class)
+    values |= given
+    refused = sorted(name for name in pickles if name not in values) + methods
+    if refused:
+        raise ValueError(
+            f"safe=True reads weights and numbers only and refused {', '.join(refused)} of {path}: pickles, or names of "
+            "methods. Pass values for them as arguments of load (observation_space and action_space also come with env), "
+            "or, if you trust the file, safe=False"
+        )
+    if "action_noise" in pickles and "action_noise" not in given:
+        warnings.warn("safe=True left out the action noise of the model: pass action_noise to train on", stacklevel=3)
+    return {name: values[name] for name in pickles} | {name: value for name, value in given.items() if name in data}
+
+
+def _from_plain(plain: Any, algorithm_class: Any) -> dict[str, Any]:
+    """Values of ``plain_settings``; names of classes count only where the algorithm knows them itself."""
+    if not isinstance(plain, dict):
+        return {}
+    values: dict[str, Any] = {}
+    for name in ("observation_space", "action_space"):
+        if plain.get(name) is not None:
+            values[name] = space_from_plain(plain[name])
+    if plain.get("train_freq") is not None:
+        frequency, unit = plain["train_freq"]
+        values["train_freq"] = TrainFreq(int(frequency), TrainFrequencyUnit(unit))
+    for name, known in algorithm_class.plain_classes().items():
+        if plain.get(name) in known:
+            values[name] = known[plain[name]]
+    return values
