@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt sb3_mtrl/version.txt $(wildcard startup
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first: the build that pip prefers here (CPU or CUDA) is then the one that the rest is installed around.
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,onnx,plots,video]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,onnx,plots,video,postgresql]'
 	touch $@
 
 train: $(STAMP)

@@ -23,7 +23,8 @@ What it adds for ours:
 
 ``-optimize`` maximises the success rate, averaged over the tasks, where the environment reports ``is_success``, and else the
 mean reward; pruning looks at the same number. ``-params "tuning_objective:'mean_reward'"`` asks for the mean reward in any
-case.
+case. Several processes may work on one study (``--storage``, ``--study-name``): a trial whose process was killed is marked as
+failed by the others, and ``--max-total-trials`` counts each trial once.
 """
 
 import os
@@ -47,6 +48,7 @@ from sb3_mtrl.common.vec_env import VecTaskNormalize, preload_worker_imports
 from sb3_mtrl.common.vec_env.make import add_worker_arguments, resolve_vec_env
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.checks import check_config_file, check_hyperparams
+from sb3_mtrl.zoo.trials import fail_lost_trials, is_surplus, note_process, open_storage
 from sb3_mtrl.zoo.utils import TASK_ASSIGNMENT, hyperparams_path
 
 if TYPE_CHECKING:
@@ -286,9 +288,35 @@ class MultiTaskExperimentMixin(ExperimentManager):
 
     # ------------------------------------------------------------------- tuning
 
+    def hyperparameters_optimization(self) -> None:
+        if self.is_multi_task_algorithm and self.storage is not None:
+            storage = open_storage(self.storage)
+            if not self.storage.endswith(".log"):
+                self.storage = storage  # RL Zoo would open it without heartbeat
+            if self.study_name is not None:
+                study = optuna.create_study(
+                    storage=storage, study_name=self.study_name, load_if_exists=True, direction="maximize"
+                )
+                if lost := fail_lost_trials(study):
+                    print(f"Trials whose process is gone, marked as failed: {', '.join(map(str, lost))}")
+        super().hyperparameters_optimization()
+
     def objective(self, trial: optuna.Trial) -> float:
         if not self.is_multi_task_algorithm:
             return super().objective(trial)
+        note_process(trial)
+        fail_lost_trials(trial.study)
+        if self.max_total_trials is not None and is_surplus(trial, self.max_total_trials):
+            print(f"Trial {trial.number} is left out: the study has its {self.max_total_trials} trials")
+            trial.study.stop()
+            return float("nan")  # which fails it
+        try:
+            return self._run_trial(trial)
+        finally:
+            # Before RL Zoo counts the trials of the study, to decide whether to go on
+            fail_lost_trials(trial.study)
+
+    def _run_trial(self, trial: optuna.Trial) -> float:
         sampled_hyperparams = HYPERPARAMS_SAMPLER[self.algo](
             trial,
             self.n_actions,
