@@ -141,7 +141,7 @@ def test_buffer_arguments(buffer_class, data, algorithm):
 
 
 @share_of_examples(2)
-@given(mutation=mutations_of([*arguments_of(make_multi_task_vec_env), "nonsense"]), n_envs=st.integers(1, 2))
+@given(mutation=mutations_of([*arguments_of(make_multi_task_vec_env, "monitor_dir"), "nonsense"]), n_envs=st.integers(1, 2))
 def test_environment_makers(mutation, n_envs):
     def make() -> None:
         with contextlib.suppress(FileNotFoundError, PermissionError):  # of a folder, which they name
@@ -283,6 +283,7 @@ def refuse_or_train_file(algo: str, content: Any, names: list[str]) -> None:
         (dict(replay_buffer_class="MultiTaskReplayBuffer"), "replay_buffer_class must be a subclass of ReplayBuffer or None"),
         (dict(replay_buffer_kwargs={1: 2}), "replay_buffer_kwargs must be a dict from names of arguments to values or None"),
         (dict(policy_kwargs=dict(net_arch=[0])), "each layer width in net_arch must be at least 1, got 0"),
+        (dict(policy_kwargs=dict(activation_fn=int)), "activation_fn must be a subclass of Module, got <class 'int'>"),
         (dict(policy_kwargs=dict(net_arch=[8], n_critics=0)), "n_critics must be at least 1, got 0"),
         (dict(policy_kwargs=dict(net_arch={"pi": [8]})), "net_arch must be a list, or a dict of the lists 'pi' and 'qf'"),
     ],

@@ -1,5 +1,7 @@
 import math
 from collections.abc import Sequence
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch as th
@@ -28,6 +30,18 @@ from sb3_mtrl.common.utils import (
 )
 
 N_HEADS = ("shared", "per_task")
+
+
+def check_factory(name: str, factory: Any, base: type) -> None:
+    """
+    :param name: Name of the argument
+    :param factory: A subclass, or a function in its place
+    :param base: Of what
+    :raises ValueError: if it is neither
+    """
+    is_subclass = isinstance(factory, type) and issubclass(factory, base)
+    is_function = isinstance(factory, (partial, FunctionType))
+    check_that(name, factory, is_subclass or is_function, f"a subclass of {base.__name__}")
 
 
 def check_net_arch(net_arch: Any) -> None:
@@ -337,10 +351,10 @@ class MTSACPolicy(SACPolicy):
         check_choice("n_heads", n_heads, N_HEADS)
         check_integer("num_tasks", num_tasks, 1)
         check_net_arch(net_arch)
-        for name, factory in (("activation_fn", activation_fn), ("optimizer_class", optimizer_class)):
-            check_that(name, factory, callable(factory), "a class")
-        is_factory = features_extractor_class is None or callable(features_extractor_class)
-        check_that("features_extractor_class", features_extractor_class, is_factory, "a class or None")
+        check_factory("activation_fn", activation_fn, nn.Module)
+        check_factory("optimizer_class", optimizer_class, th.optim.Optimizer)
+        if features_extractor_class is not None:
+            check_factory("features_extractor_class", features_extractor_class, BaseFeaturesExtractor)
         for name, kwargs in (
             ("features_extractor_kwargs", features_extractor_kwargs),
             ("optimizer_kwargs", optimizer_kwargs),
