@@ -116,6 +116,9 @@ def test_make_by_name(env_id):
     "kwargs, message",
     [
         ({"n_envs": 0}, "n_envs must be at least 1, got 0"),
+        ({"env_id": "no_such_module:Env-v0"}, "env_id must be a registered environment, got 'no_such_module:Env-v0'"),
+        ({"env_kwargs": {1: 2}}, "env_kwargs must be a dict from names of arguments"),
+        ({"vec_env": np.ones(2)}, "vec_env must be one of 'dummy'"),
         ({"env_id": "MT11"}, "did you mean 'MetaWorld-MT1-v3'.*MetaWorld-MT50-short-v3"),
         ({"env_id": "MetaWorld-MT10-v4"}, "did you mean 'MetaWorld-MT10-v3'"),
         ({"env_id": "Pendulum-v1"}, "set_tasks"),

@@ -116,6 +116,16 @@ def check_number_or_auto(name: str, value: Any, at_least: float | None = None) -
         check_number(f"{name} (if not 'auto')", number_of(value), at_least)
 
 
+def check_kwargs(name: str, kwargs: Any) -> None:
+    """
+    :param name: Name of the argument
+    :param kwargs: Further arguments of something, or None
+    :raises ValueError: if it is neither
+    """
+    is_right = kwargs is None or (isinstance(kwargs, dict) and all(isinstance(key, str) for key in kwargs))
+    check_that(name, kwargs, is_right, "a dict from names of arguments to values or None")
+
+
 def check_widths(name: str, widths: Any) -> None:
     """
     :param name: Name of the argument

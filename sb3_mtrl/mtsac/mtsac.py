@@ -46,6 +46,7 @@ from sb3_mtrl.common.utils import (
     are_within,
     check_choice,
     check_integer,
+    check_kwargs,
     check_number,
     check_number_or_auto,
     check_that,
@@ -257,9 +258,8 @@ class MTSAC(SAC):
         check_integer("verbose", int(verbose) if isinstance(verbose, bool) else verbose, 0)
         check_integer("seed", seed, 0, 2**32 - 1, or_none=True)
         check_device(device)
-        for name, kwargs in (("replay_buffer_kwargs", replay_buffer_kwargs), ("policy_kwargs", policy_kwargs)):
-            is_named = kwargs is None or (isinstance(kwargs, dict) and all(isinstance(key, str) for key in kwargs))
-            check_that(name, kwargs, is_named, "a dict from names of arguments to values or None")
+        check_kwargs("replay_buffer_kwargs", replay_buffer_kwargs)
+        check_kwargs("policy_kwargs", policy_kwargs)
         for name, flag in (
             ("optimize_memory_usage", optimize_memory_usage),
             ("use_sde", use_sde),

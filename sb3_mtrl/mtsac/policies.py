@@ -23,6 +23,7 @@ from sb3_mtrl.common.torch_layers import GradientGate, StackedMLP, TaskHeads, ba
 from sb3_mtrl.common.utils import (
     check_choice,
     check_integer,
+    check_kwargs,
     check_number,
     check_that,
     check_widths,
@@ -355,11 +356,8 @@ class MTSACPolicy(SACPolicy):
         check_factory("optimizer_class", optimizer_class, th.optim.Optimizer)
         if features_extractor_class is not None:
             check_factory("features_extractor_class", features_extractor_class, BaseFeaturesExtractor)
-        for name, kwargs in (
-            ("features_extractor_kwargs", features_extractor_kwargs),
-            ("optimizer_kwargs", optimizer_kwargs),
-        ):
-            check_that(name, kwargs, kwargs is None or isinstance(kwargs, dict), "a dict or None")
+        check_kwargs("features_extractor_kwargs", features_extractor_kwargs)
+        check_kwargs("optimizer_kwargs", optimizer_kwargs)
         check_integer("n_critics", n_critics, 1)
         check_number("log_std_init", log_std_init)
         check_number("clip_mean", clip_mean, 0, finite=False)

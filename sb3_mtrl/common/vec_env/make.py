@@ -9,7 +9,7 @@ import gymnasium as gym
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from sb3_mtrl.common.utils import check_choice, check_integer, check_that
+from sb3_mtrl.common.utils import check_choice, check_integer, check_kwargs, check_that
 from sb3_mtrl.common.vec_env.shared_memory_vec_env import SharedMemoryVecEnv
 from sb3_mtrl.common.vec_env.vec_task_assignment import VecTaskAssignment
 
@@ -82,7 +82,7 @@ def make_multi_task_vec_env(
         ("monitor_kwargs", monitor_kwargs),
         ("wrapper_kwargs", wrapper_kwargs),
     ):
-        check_that(name, kwargs, kwargs is None or isinstance(kwargs, dict), "a dict or None")
+        check_kwargs(name, kwargs)
     check_that("env_id", env_id, isinstance(env_id, str) or callable(env_id), "an id or a callable")
     is_folder = monitor_dir is None or isinstance(monitor_dir, (str, os.PathLike))
     check_that("monitor_dir", monitor_dir, is_folder, "a folder or None")
@@ -101,7 +101,7 @@ def make_multi_task_vec_env(
     if vec_env is not None and vec_env_cls is not None:
         raise ValueError(f"vec_env and vec_env_cls exclude each other, got {vec_env!r} and {vec_env_cls.__name__}")
     if vec_env_cls is None:
-        vec_env_cls = resolve_vec_env(vec_env or "dummy")
+        vec_env_cls = resolve_vec_env("dummy" if vec_env is None else vec_env)
     vec_env_kwargs = add_worker_arguments(
         vec_env_cls, vec_env_kwargs, n_workers=n_workers, worker_timeout=worker_timeout, restart_workers=restart_workers
     )
@@ -110,7 +110,7 @@ def make_multi_task_vec_env(
     venv = make_vec_env(
         env_id,
         n_envs=n_envs,
-        seed=seed,
+        seed=None if seed is None else int(seed),
         start_index=start_index,
         monitor_dir=monitor_dir,
         wrapper_class=wrapper_class,
@@ -161,7 +161,10 @@ def _find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     if short_for in gym.registry:
         return gym.spec(short_for)
     if env_id in gym.registry or ":" in env_id:
-        return gym.spec(env_id)
+        try:
+            return gym.spec(env_id)
+        except (gym.error.Error, ImportError) as error:
+            raise ValueError(f"env_id must be a registered environment, got {env_id!r}: {error}") from error
     meta_world_ids = sorted(name for name in gym.registry if name.startswith("MetaWorld-"))
     (nearest,) = difflib.get_close_matches(env_id, meta_world_ids, n=1, cutoff=0.0)
     raise ValueError(
