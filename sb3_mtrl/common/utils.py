@@ -1,3 +1,4 @@
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
@@ -136,6 +137,15 @@ def check_widths(name: str, widths: Any) -> None:
     check_that(name, widths, is_sequence, "a list of layer widths")
     for width in widths:
         check_integer(f"each layer width in {name}", width, 1)
+
+
+def constructor_arguments(cls: type) -> set[str]:
+    """
+    :param cls: A class
+    :return: Names of the arguments of its constructor and of those of its base classes
+    """
+    constructors = (ancestor.__init__ for ancestor in cls.__mro__ if "__init__" in vars(ancestor))  # type: ignore[misc]
+    return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
 
 
 def get_num_tasks(env: VecEnv) -> int:

@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import metaworld
 import mujoco
@@ -36,6 +36,8 @@ from gymnasium.envs.mujoco import MujocoEnv
 from metaworld.sawyer_xyz_env import SawyerMocapBase, SawyerXYZEnv
 from metaworld.utils import reward_utils
 from scipy.spatial.transform import Rotation
+
+from sb3_mtrl.envs.simulation_state import SimulationState, get_simulation, is_simulation_view, set_simulation
 
 TESTED_VERSIONS = {"metaworld": "3.1.1", "mujoco": "3.3.0"}
 # SHA-256 of what is replaced or relied on, see source_digest
@@ -249,9 +251,7 @@ class ResetResult(NamedTuple):
     obs: np.ndarray
     info: dict[str, Any]
     attributes: dict[str, Any]
-    state: np.ndarray
-    body_pos: np.ndarray
-    site_pos: np.ndarray
+    simulation: SimulationState
 
 
 class FastSawyerMixin(SawyerXYZEnv):
@@ -262,6 +262,11 @@ class FastSawyerMixin(SawyerXYZEnv):
     """
 
     stock_class: type[SawyerXYZEnv]
+    # What a new environment has already, see simulation_state
+    rebuilt_attributes: ClassVar[tuple[str, ...]] = (
+        *("_body_positions", "_site_positions", "_pad_ids", "_mocap_position", "_mocap_quaternion", "_ctrl"),
+        *("_simulates", "_reset_results"),
+    )
 
     def _initialize_simulation(self) -> tuple[Any, Any]:
         model, data = super()._initialize_simulation()
@@ -276,7 +281,7 @@ class FastSawyerMixin(SawyerXYZEnv):
 
     def __getstate__(self) -> Any:
         state = super().__getstate__()
-        for name in _OWN_ATTRIBUTES:
+        for name in self.rebuilt_attributes:
             state["state"].pop(name, None)
         return state
 
@@ -391,18 +396,11 @@ class FastSawyerMixin(SawyerXYZEnv):
             obs, info = super(SawyerMocapBase, self).reset()
             self._prev_obs = obs[:CURRENT_DIM].copy()
         obs[CURRENT_DIM:-3] = self._prev_obs
-        state = np.empty(mujoco.mj_stateSize(self.model, _INTEGRATION))
-        mujoco.mj_getState(self.model, self.data, state, _INTEGRATION)
         attributes = {name: _keep(vars(self)[name]) for name in names}
-        return ResetResult(obs, info, attributes, state, self.model.body_pos.copy(), self.model.site_pos.copy())
+        return ResetResult(obs, info, attributes, get_simulation(self))
 
     def _restore(self, result: ResetResult) -> None:
-        mujoco.mj_resetData(self.model, self.data)
-        self.model.body_pos[:], self.model.site_pos[:] = result.body_pos, result.site_pos
-        mujoco.mj_setState(self.model, self.data, result.state, _INTEGRATION)
-        # What is computed from the state; this overwrites the acceleration that the solver starts from, so once more
-        mujoco.mj_forward(self.model, self.data)
-        mujoco.mj_setState(self.model, self.data, result.state, _INTEGRATION)
+        set_simulation(self, result.simulation)
         vars(self).update({name: _keep(value) for name, value in result.attributes.items()})
 
     @contextmanager
@@ -464,19 +462,6 @@ def _norm(vector: np.ndarray) -> float:
     return math.sqrt(vector.dot(vector))
 
 
-_INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION
-_OWN_ATTRIBUTES = (
-    "_body_positions",
-    "_site_positions",
-    "_pad_ids",
-    "_mocap_position",
-    "_mocap_quaternion",
-    "_ctrl",
-    "_simulates",
-    "_reset_results",
-)
-
-
 def _new_instance(stock_class: type[SawyerXYZEnv]) -> SawyerXYZEnv:
     fast_class = fast_env_class(stock_class)
     return fast_class.__new__(fast_class)
@@ -484,9 +469,4 @@ def _new_instance(stock_class: type[SawyerXYZEnv]) -> SawyerXYZEnv:
 
 def _keep(value: Any) -> Any:
     """A copy that later steps cannot change, except of views of the simulation, which are to follow it."""
-    if not isinstance(value, np.ndarray):
-        return copy.deepcopy(value)
-    owner = value
-    while isinstance(owner.base, np.ndarray):
-        owner = owner.base
-    return value if type(owner.base).__name__ == "PyCapsule" else value.copy()
+    return value if is_simulation_view(value) else copy.deepcopy(value)

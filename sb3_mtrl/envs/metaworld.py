@@ -1,3 +1,4 @@
+import copy
 import difflib
 import operator
 import pickle
@@ -22,6 +23,12 @@ QUICKSTART_TASKS = ("reach-v3", "drawer-close-v3", "handle-press-v3", "door-clos
 HOW_TO_LIST = "sb3_mtrl.envs.list_tasks() lists all tasks"
 BASE_OBS_DIM = 39
 N_GOALS = 50
+
+# What an environment remembers from step to step beside the simulation
+_STATE_ATTRIBUTES = (
+    *("task_id", "_assigned_tasks", "_next_position", "_next_goals", "_goal", "_elapsed_steps", "_has_succeeded"),
+    *("_np_random", "_np_random_seed"),
+)
 
 # (task, goal_seed) -> the goals of the task. Not an lru_cache, because the goals are drawn with the
 # environment that needs them, to compile each MuJoCo model only once.
@@ -193,6 +200,7 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
         self._assigned_tasks: tuple[int, ...] | None = None
         self._next_position: int | None = None  # in assigned_tasks; None: the cycle has not begun
         self._next_goals = [0] * self.num_tasks  # of each task, for goals="cycle"
+        self._goal = 0  # of this episode
         self._envs: dict[int, SawyerXYZEnv] = {}
         self._env: SawyerXYZEnv | None = None  # the one of the current task; None: not reset yet
         self._elapsed_steps = 0
@@ -245,7 +253,8 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
             self._next_position = (self._next_position + 1) % len(assigned)
 
         env = self._switch_to(task_id)
-        env.set_task(_goal_cache[self.task_names[task_id], self.goal_seed][self._choose_goal(task_id)])
+        self._goal = self._choose_goal(task_id)
+        self._set_goal(env)
         self._elapsed_steps = 0
         self._has_succeeded = False
         raw_obs, _ = env.reset()
@@ -301,6 +310,47 @@ class MetaWorldMultiTaskEnv(gym.Env[np.ndarray, np.ndarray]):
     def __getstate__(self) -> dict[str, Any]:
         # The simulations stay behind: a copy continues the cycle and the goals, with a reset
         return {**self.__dict__, "_envs": {}, "_env": None}
+
+    def get_checkpoint_state(self) -> dict[str, Any]:
+        """
+        :return: What all later steps depend on, in the middle of an episode too, for :meth:`set_checkpoint_state`
+        """
+        from sb3_mtrl.envs.simulation_state import get_simulation, get_simulation_attributes
+
+        env = self._env
+        state = {
+            "task_names": self.task_names,
+            "attributes": {name: getattr(self, name) for name in _STATE_ATTRIBUTES},
+            "simulation": None if env is None else (get_simulation(env), get_simulation_attributes(env)),
+        }
+        return copy.deepcopy(state)  # later steps must not change it
+
+    def set_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """
+        Go on from where another environment with the same arguments was: the same steps lead to the same numbers.
+
+        :param state: What :meth:`get_checkpoint_state` returned
+        :raises ValueError: if it is of other tasks
+        """
+        from sb3_mtrl.envs.simulation_state import set_simulation
+
+        if tuple(state["task_names"]) != self.task_names:
+            raise ValueError(f"state must be of the tasks {self.task_names}, got one of {tuple(state['task_names'])}")
+        state = copy.deepcopy(state)
+        vars(self).update(state["attributes"])
+        self._env = None
+        if state["simulation"] is None:
+            return
+        env = self._switch_to(self.task_id)
+        # The reset makes what is no state: spaces, and views of the simulation
+        self._set_goal(env)
+        env.reset()
+        simulation, attributes = state["simulation"]
+        set_simulation(env, simulation)
+        vars(env).update(attributes)
+
+    def _set_goal(self, env: "SawyerXYZEnv") -> None:
+        env.set_task(_goal_cache[self.task_names[self.task_id], self.goal_seed][self._goal])
 
     def _choose_goal(self, task_id: int) -> int:
         if self.goals == "random":

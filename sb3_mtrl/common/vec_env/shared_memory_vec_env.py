@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
 
 from sb3_mtrl.common.cpu_tuning import available_cores
 from sb3_mtrl.common.utils import check_choice, check_number
+from sb3_mtrl.common.vec_env.state import get_env_state, set_env_state
 
 CLOSE_TIMEOUT = 10.0  # seconds that the workers have to close their environments
 WORKER_TIMEOUT = 600.0  # seconds that a worker has for a reply
@@ -246,6 +247,14 @@ class EnvHost:
     def set_attr(self, indices: list[int], name: str, value: Any) -> list[None]:
         for env in self._visit(indices):
             setattr(env, name, value)
+        return [None] * len(indices)
+
+    def get_env_state(self, indices: list[int]) -> list[bytes]:
+        return [get_env_state(env) for env in self._visit(indices)]
+
+    def set_env_state(self, indices: list[int], states: dict[int, bytes]) -> list[None]:
+        for index, env in zip(indices, self._visit(indices), strict=True):
+            set_env_state(env, states[index])
         return [None] * len(indices)
 
     def is_wrapped(self, indices: list[int], wrapper_class: type[gym.Wrapper]) -> list[bool]:
@@ -809,3 +818,19 @@ class SharedMemoryVecEnv(VecEnv):
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         return self._request_envs("is_wrapped", indices, wrapper_class)
+
+    def get_env_states(self) -> list[bytes]:
+        """
+        :return: State of each sub-environment with its wrappers, for ``set_env_states``
+        :raises StateNotAvailable: if one cannot be pickled
+        """
+        return self._request_envs("get_env_state", None)
+
+    def set_env_states(self, states: Sequence[bytes]) -> None:
+        """
+        Let the sub-environments go on from where those of another ``SharedMemoryVecEnv`` were.
+
+        :param states: State of each of them
+        :raises ValueError: if they are wrapped otherwise
+        """
+        self._request_envs("set_env_state", None, dict(enumerate(states)))
