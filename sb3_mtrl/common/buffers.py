@@ -107,6 +107,8 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         self.refused = np.zeros(num_tasks, dtype=np.int64)
         #: Task of the last of them and the parts of it that were not finite
         self.last_refused: tuple[int, tuple[str, ...]] | None = None
+        # How often each ring went round. With the place it numbers the rows of a task from the first one on.
+        self._laps = np.zeros(num_tasks, dtype=np.int64)
         self._warn_if_too_large()
 
     def _layout(self) -> dict[str, slice]:
@@ -151,6 +153,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         """
         self.pos[:] = 0  # type: ignore[index]
         self.full[:] = False  # type: ignore[index]
+        self._laps += 2  # no row of before has the number of one to come, and none that of a place not yet filled
 
     def add(  # type: ignore[override]
         self,
@@ -209,6 +212,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
             if self.pos[task_id] == self.capacity_per_task:  # type: ignore[index]
                 self.pos[task_id] = 0  # type: ignore[index]
                 self.full[task_id] = True  # type: ignore[index]
+                self._laps[task_id] += 1
         return places
 
     def _extra_values(self, name: str, infos: list[dict[str, Any]], extras: Mapping[str, np.ndarray] | None) -> np.ndarray:
@@ -328,10 +332,48 @@ class MultiTaskReplayBuffer(ReplayBuffer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Files of older versions have no counts
-        self.__dict__.update({"refused": np.zeros(state["num_tasks"], dtype=np.int64), "last_refused": None, **state})
+        counts = {"refused": np.zeros(state["num_tasks"], dtype=np.int64), "last_refused": None}
+        self.__dict__.update({**counts, "_laps": state["full"].astype(np.int64), **state})
         stored_rows = state["_rows"]
         self._rows = np.zeros((self.buffer_size, self._row_width), dtype=np.float32)
         rings = self._rows.reshape(self.num_tasks, self.capacity_per_task, -1)
         ends = np.cumsum(self.sizes())
         for ring, start, end in zip(rings, [0, *ends[:-1]], ends, strict=True):
             ring[: end - start] = stored_rows[start:end]
+
+    # ------------------------------------------------------------- checkpoints
+
+    def row_numbers(self) -> np.ndarray:
+        """
+        :return: First and past-the-last number of the rows that each ring holds ``(T, 2)``. The rows of a task are numbered
+            in the order in which they came, from the first one on, those that were overwritten included
+        """
+        ends = self._laps * self.capacity_per_task + self.pos
+        return np.stack([ends - self.sizes(), ends], axis=1)
+
+    def row_blocks(self, task: int, start: int, end: int) -> list[np.ndarray]:
+        """
+        :param task: Task id
+        :param start: Number of the first row
+        :param end: Past the number of the last row, at most a whole ring further
+        :return: The places of these rows, in order: views ``(n, row)``, one or two of them
+        """
+        ring = self._rows[task * self.capacity_per_task : (task + 1) * self.capacity_per_task]
+        first = start % self.capacity_per_task
+        n_first = min(end - start, self.capacity_per_task - first)
+        return [block for block in (ring[first : first + n_first], ring[: end - start - n_first]) if len(block) > 0]
+
+    def get_checkpoint_state(self) -> dict[str, Any]:
+        """
+        :return: All that a checkpoint holds of this buffer beside its rows
+        """
+        arrays = {name: getattr(self, name).copy() for name in ("pos", "full", "_laps", "refused")}
+        return {**arrays, "last_refused": self.last_refused}
+
+    def set_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """
+        :param state: What ``get_checkpoint_state`` of a buffer of the same shape returned; the rows have to follow
+        """
+        for name in ("pos", "full", "_laps", "refused"):
+            getattr(self, name)[:] = state[name]
+        self.last_refused = state["last_refused"]

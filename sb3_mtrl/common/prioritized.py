@@ -1,5 +1,6 @@
 """Prioritized replay of several tasks: which transitions of a task are drawn, and how many of each task."""
 
+import copy
 import math
 import warnings
 from collections import deque
@@ -330,8 +331,6 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         self.performance_window = performance_window
 
         self._tree = SumTree(num_tasks, self.capacity_per_task)
-        # How often each ring went round. With the place it numbers the rows of a task from the first one on.
-        self._laps = np.zeros(num_tasks, dtype=np.int64)
         #: Highest priority that each task has had, ``(T,)``
         self.highest_priorities = np.full(num_tasks, min(INITIAL_PRIORITY, max_priority))
         #: Success rates last told, ``(T,)``, NaN where unknown
@@ -362,10 +361,8 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         self._tree.leaves[:] = 0
         self._tree.rebuild()
         self.highest_priorities[:] = min(INITIAL_PRIORITY, self.max_priority)
-        self._laps += 2  # no row of before has the number of one to come, and none that of a place not yet filled
 
     def _take_places(self, task_ids: np.ndarray) -> np.ndarray:
-        self._laps += (self.pos + np.bincount(task_ids, minlength=self.num_tasks)) // self.capacity_per_task
         places = super()._take_places(task_ids)
         self._tree.set(task_ids, places % self.capacity_per_task, self.highest_priorities[task_ids] ** self.alpha)
         return places
@@ -573,16 +570,41 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state["_tree"] = [leaves[:size].copy() for leaves, size in zip(self._tree.leaves, self.sizes(), strict=True)]
+        state["_tree"] = self._leaves_in_use()
         state["_shares"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._tree = SumTree(self.num_tasks, self.capacity_per_task)
-        for leaves, stored in zip(self._tree.leaves, state["_tree"], strict=True):
+        self._set_leaves(state["_tree"])
+
+    def _leaves_in_use(self) -> list[np.ndarray]:
+        return [leaves[:size].copy() for leaves, size in zip(self._tree.leaves, self.sizes(), strict=True)]
+
+    def _set_leaves(self, stored_leaves: list[np.ndarray]) -> None:
+        self._tree.leaves[:] = 0
+        for leaves, stored in zip(self._tree.leaves, stored_leaves, strict=True):
             leaves[: len(stored)] = stored
         self._tree.rebuild()
+
+    def get_checkpoint_state(self) -> dict[str, Any]:
+        """
+        :return: All that a checkpoint holds of this buffer beside its rows
+        """
+        names = ("highest_priorities", "success_rates", "beta")
+        own_state = {name: copy.copy(getattr(self, name)) for name in names}
+        return {**super().get_checkpoint_state(), **own_state, "leaves": self._leaves_in_use()}
+
+    def set_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """
+        :param state: What ``get_checkpoint_state`` of a buffer of the same shape returned; the rows have to follow
+        """
+        super().set_checkpoint_state(state)
+        self.highest_priorities[:] = state["highest_priorities"]
+        self.success_rates, self.beta = state["success_rates"], state["beta"]
+        self._set_leaves(state["leaves"])
+        self._shares = None
 
 
 def apportion(shares: np.ndarray, n_seats: int, floors: np.ndarray) -> np.ndarray:
