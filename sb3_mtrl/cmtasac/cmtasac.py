@@ -7,7 +7,6 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
@@ -251,17 +250,9 @@ class CMTASAC(MTSAC):
 
     # ---------------------------------------------------------------- rollouts
 
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        if reset_num_timesteps or self._last_obs is None:  # SB3 resets the environment then
-            self._last_state = None
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+    def _start_episodes(self) -> None:
+        super()._start_episodes()
+        self._last_state = None
 
     def _sample_action(
         self,
@@ -500,6 +491,9 @@ class CMTASAC(MTSAC):
         :raises ValueError: always
         """
         raise ValueError("a policy of CMTASAC cannot be exported as a plain SACPolicy: it mixes experts by a gate")
+
+    def _running_state(self) -> list[str]:
+        return [*super()._running_state(), "_last_state", "_next_state"]
 
     def _excluded_save_params(self) -> list[str]:
         # The state before the step to come is saved as SB3 saves the observation it belongs to

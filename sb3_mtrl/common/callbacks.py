@@ -414,7 +414,7 @@ class ProgressFileCallback(BaseCallback):
         self.folder = folder
         self._output: CSVOutputFormat | None = None
 
-    def _init_callback(self) -> None:
+    def _on_training_start(self) -> None:  # only now a training that is resumed knows its time steps
         if self._output in self.logger.output_formats:
             return  # learn() was called again with the same logger
         path = os.path.join(self.folder, "progress.csv")

@@ -29,6 +29,9 @@ _MALLOC_OPTIONS = (
     (-2, 1 << 26, "MALLOC_TOP_PAD_"),
 )
 
+# What `use_onednn` was told; None: the probe decides
+_choice: bool | None = None
+
 # PyTorch's own choice, by which an explicit one is told: later calls of `th.set_num_threads` change the number
 _THREADS_AT_IMPORT = th.get_num_threads()
 
@@ -128,13 +131,36 @@ def bfloat16_probe() -> MatmulProbe:
     return probe_matmul(th.matmul, lambda a, b: a.bfloat16() @ b.bfloat16())
 
 
+def uses_onednn() -> bool:
+    """
+    :return: Whether ``fast_matmul`` sends float32 products to oneDNN: what the probe says, unless ``use_onednn`` was called
+    """
+    if _choice is not None:
+        return _choice
+    probe = onednn_probe()
+    return probe is not None and probe.is_worth_it
+
+
+def use_onednn(choice: bool) -> bool:
+    """
+    Decide as another process did, so that a training that goes on rounds as it did; for the rest of this process.
+
+    :param choice: What ``uses_onednn`` returned there
+    :return: Whether that is possible here
+    """
+    global _choice
+    if choice and _matmul_backend() is None:
+        return False
+    _choice = choice
+    return True
+
+
 @contextmanager
 def fast_matmul() -> Iterator[None]:
     """
     Compute float32 products on the CPU by oneDNN where that is as exact as float32 is and faster; as before afterwards.
     """
-    probe = onednn_probe()
-    if probe is None or not probe.is_worth_it or _matmul_backend() is None:
+    if not uses_onednn() or _matmul_backend() is None:
         yield
         return
     with _onednn_matmul():

@@ -35,6 +35,7 @@ from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import has_multi_task_evaluation, record_per_task
+from sb3_mtrl.common.checkpoint import find_checkpoint_callbacks
 from sb3_mtrl.common.cpu_tuning import bfloat16_probe, fast_matmul, learner_threads, tune_process
 from sb3_mtrl.common.policies import single_task_policy
 from sb3_mtrl.common.prioritized import SuccessWindows, TaskPrioritizedReplayBuffer
@@ -522,8 +523,8 @@ class MTSAC(SAC):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        if self.success_windows is not None and (reset_num_timesteps or self._last_obs is None):
-            self.success_windows.start_episodes(self.n_envs)  # SB3 resets the environment then
+        if reset_num_timesteps or self._last_obs is None:  # SB3 resets the environment then
+            self._start_episodes()
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
@@ -535,7 +536,15 @@ class MTSAC(SAC):
                 "the shares of the tasks in a batch stay as they are",
                 stacklevel=2,
             )
+        # All is set up for a new training: what a checkpoint holds takes its place
+        for checkpoints in find_checkpoint_callbacks(callback):
+            checkpoints.start_training(callback)
         return total_timesteps, callback
+
+    def _start_episodes(self) -> None:
+        """Forget what belongs to the running episodes: all sub-environments are reset."""
+        if self.success_windows is not None:
+            self.success_windows.start_episodes(self.n_envs)
 
     def _store_transition(
         self,
@@ -1359,10 +1368,23 @@ class MTSAC(SAC):
         "_spoilt_rows",
         "_stepping_env",
         "_waiting_updates",
+        "last_checkpoint",
     )
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), *self._unsaved]
+
+    def _running_state(self) -> list[str]:
+        """
+        Attributes that a training changes, beside parameters, optimisers and replay buffer: what a checkpoint has to hold for
+        the training to go on exactly. A subclass adds its own.
+        """
+        return [
+            *("num_timesteps", "_episode_num", "_n_updates", "_current_progress_remaining", "action_noise"),
+            *("_last_obs", "_last_original_obs", "_last_episode_starts", "ep_info_buffer", "ep_success_buffer"),
+            *("success_windows", "_train_sums", "_n_summed_updates", "_dropped_at_last_dump", "_warned_of_stuck_tasks"),
+            *("_waiting_updates", "_env_tasks", "_nonfinite_tasks", "_warned_of_nonfinite"),
+        ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()

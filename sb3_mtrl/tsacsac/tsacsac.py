@@ -8,7 +8,6 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
@@ -322,17 +321,9 @@ class TSACSAC(MTSAC):
 
     # ---------------------------------------------------------------- rollouts
 
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        if reset_num_timesteps or self._last_obs is None:  # SB3 resets the environment then
-            self._succeeded = None
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+    def _start_episodes(self) -> None:
+        super()._start_episodes()
+        self._succeeded = None
 
     def _store_transition(
         self,
@@ -652,6 +643,9 @@ class TSACSAC(MTSAC):
         :return: Classes that a model file may name in plain text, by attribute and name
         """
         return {**super().plain_classes(), "policy_class": dict(POLICIES)}
+
+    def _running_state(self) -> list[str]:
+        return [*super()._running_state(), "_fresh_rewards", "_logged_success", "_succeeded", "_warned_of_missing_success"]
 
     def _excluded_save_params(self) -> list[str]:
         return [
