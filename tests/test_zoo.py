@@ -19,13 +19,16 @@ import pytest
 import rl_zoo3.exp_manager
 import rl_zoo3.hyperparams_opt
 import rl_zoo3.utils
+import torch as th
 import yaml
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_mtrl
+import sb3_mtrl.train
 import sb3_mtrl.zoo
+from sb3_mtrl import PaCoSAC
 from sb3_mtrl.common.vec_env import SharedMemoryVecEnv, VecTaskAssignment, VecTaskNormalize
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.exp_manager import MultiTaskExperimentMixin, MultiTaskTrialEvalCallback
@@ -539,3 +542,65 @@ def test_wrong_vec_env(hyperparams: dict, message: str) -> None:
     manager = manager_of("mtsac")
     with pytest.raises(ValueError, match=message):
         manager._choose_vec_env(hyperparams.get("vec_env"), n_workers=hyperparams.get("n_workers"))
+
+
+# ------------------------------------------------------------------------------------------------------------ continuing
+
+
+def sb3_mtrl_train(*arguments: str) -> str:
+    """``sb3_mtrl.train`` in this process."""
+    output = io.StringIO()
+    with mock.patch.object(sys, "argv", ["train.py", *arguments]), contextlib.redirect_stdout(output):
+        with mock.patch.object(MultiTaskExperimentMixin, "resume_folder", None):
+            sb3_mtrl.train.main()
+    return output.getvalue()
+
+
+def test_resume_goes_on_with_the_last_experiment(tmp_path: Path) -> None:
+    def folder(name: str) -> list[str]:
+        return ["--algo", "pacosac", "--env", ENV_ID, "-f", str(tmp_path / name)]
+
+    arguments = ["--gym-packages", "tests.tiny_zoo_envs", "-n", "240", "--save-freq", "60", "--eval-freq", "90"]
+    arguments += ["--eval-episodes", "3", "--num-threads", "1", "-params", *TINY_NETS, "learning_starts:20", "normalize:True"]
+    importlib.import_module("tests.tiny_zoo_envs")
+    zoo_train(*folder("whole"), "--seed", "3", *arguments)
+    n_updates = 0
+    update = PaCoSAC.train
+
+    def failing_train(model: PaCoSAC, *args: int, **kwargs: int) -> None:
+        nonlocal n_updates
+        n_updates += 1
+        if n_updates == 60:
+            raise MemoryError
+        update(model, *args, **kwargs)
+
+    with mock.patch.object(PaCoSAC, "train", failing_train), pytest.raises(MemoryError):
+        zoo_train(*folder("stopped"), "--seed", "3", *arguments)
+    experiment = tmp_path / "stopped" / "pacosac" / f"{ENV_ID}_1"
+    assert [path.name[18:] for path in sorted((experiment / "checkpoints").glob("checkpoint_*"))] == [
+        "60_steps",
+        "120_steps",
+        "180_steps",
+    ]
+    # A later experiment without checkpoints is none to go on with
+    (tmp_path / "stopped" / "pacosac" / f"{ENV_ID}_2").mkdir()
+    config = (experiment / ENV_ID / "args.yml").read_text()
+    output = sb3_mtrl_train(*folder("stopped"), "--resume")
+    assert "Going on from" in output and f"Log path: {experiment}" in output and "Seed: 3" in output
+    assert (experiment / ENV_ID / "args.yml").read_text() == config
+
+    expected = tmp_path / "whole" / "pacosac" / f"{ENV_ID}_1"
+    models = [PaCoSAC.load(path / f"{ENV_ID}.zip", device="cpu") for path in (expected, experiment)]
+    assert models[0].num_timesteps == models[1].num_timesteps == 240
+    for one, other in zip(*(model.get_parameters()["policy"].values() for model in models), strict=True):
+        assert th.equal(one, other)
+    assert_even(experiment / "evaluations.npz", 3)
+    with np.load(expected / "evaluations.npz") as one, np.load(experiment / "evaluations.npz") as other:
+        assert one["results"].tolist() == other["results"].tolist()
+    for name in ("0.monitor.csv", "1.monitor.csv", "2.monitor.csv"):
+        rows = [[line.split(",")[0] for line in (path / name).read_text().splitlines()[2:]] for path in (expected, experiment)]
+        assert rows[0] == rows[1] and len(rows[0]) == 4  # 80 steps each, of episodes of 20
+
+    with pytest.raises(FileNotFoundError, match=f"no experiment of --algo mtsac --env {ENV_ID} in .* has a checkpoint"):
+        (tmp_path / "stopped" / "mtsac" / f"{ENV_ID}_1").mkdir(parents=True)
+        sb3_mtrl_train("--algo", "mtsac", *folder("stopped")[2:], "--resume")

@@ -17,6 +17,8 @@ What it adds for ours:
 * A run that is short for its warm-up (``-n`` below ten times ``learning_starts``) warms up for a tenth of it, else ``-n 6000``
   would never update a network. ``-params learning_starts:...`` is taken as it is.
 * A run that continues with its replay buffer (``-i``, after ``--save-replay-buffer``) does not warm up again.
+* ``--save-freq`` also writes checkpoints into ``checkpoints`` in the folder of the run, of which the last three are kept:
+  ``python -m sb3_mtrl.train --resume`` goes on from them exactly. RL Zoo's own files stay, for ``enjoy --load-checkpoint``.
 * What is logged is also written to ``progress.csv`` in the folder of the run, for plots.
 * A table of the tasks is printed at the end of a training, from the last evaluation (so not with ``--eval-freq -1``);
   ``-params random_baseline:True`` puts a random policy beside it.
@@ -27,9 +29,11 @@ case. Several processes may work on one study (``--storage``, ``--study-name``):
 failed by the others, and ``--max-total-trials`` counts each trial once.
 """
 
+import json
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium as gym
 import optuna
@@ -43,13 +47,14 @@ from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_mtrl.common.callbacks import DEFAULT_EVAL_SEED, MultiTaskEvalCallback, ProgressFileCallback
+from sb3_mtrl.common.checkpoint import MultiTaskCheckpointCallback
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, RandomPolicy, evaluate_multi_task_policy, format_task_table
 from sb3_mtrl.common.vec_env import VecTaskNormalize, preload_worker_imports
 from sb3_mtrl.common.vec_env.make import add_worker_arguments, resolve_vec_env
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.checks import check_config_file, check_hyperparams
 from sb3_mtrl.zoo.trials import fail_lost_trials, is_surplus, note_process, open_storage
-from sb3_mtrl.zoo.utils import TASK_ASSIGNMENT, hyperparams_path
+from sb3_mtrl.zoo.utils import ARGUMENTS_FILE, CHECKPOINT_FOLDER, TASK_ASSIGNMENT, hyperparams_path
 
 if TYPE_CHECKING:
     from rl_zoo3.exp_manager import ExperimentManager
@@ -100,8 +105,14 @@ class MultiTaskExperimentMixin(ExperimentManager):
     ``ExperimentManager``.
     """
 
+    #: Folder of the experiment that is to be continued, see ``sb3_mtrl.train``; None for a new one
+    resume_folder: ClassVar[str | None] = None
+
     def __init__(self, args: Any, algo: str, *rest: Any, **kwargs: Any) -> None:
         super().__init__(args, algo, *rest, **kwargs)
+        if self.resume_folder is not None:
+            self.save_path = self.resume_folder
+            self.params_path = os.path.join(self.save_path, self.env_name)
         self.is_multi_task_algorithm = algo in ALGORITHMS
         self.num_tasks = 1
         self.tuning_objective = TUNING_OBJECTIVES[0]
@@ -203,6 +214,8 @@ class MultiTaskExperimentMixin(ExperimentManager):
     # ------------------------------------------------------------- environments
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        if self.resume_folder is not None:
+            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}  # its files go on
         env = super().create_envs(n_envs, eval_env, no_log)
         if self.is_multi_task_algorithm and eval_env:
             env.seed(DEFAULT_EVAL_SEED)
@@ -228,6 +241,13 @@ class MultiTaskExperimentMixin(ExperimentManager):
         super().create_callbacks()
         if not self.is_multi_task_algorithm:
             return
+        if self.save_freq > 0 and not self.optimize_hyperparameters:
+            # RL Zoo has made calls of time steps
+            self.callbacks.append(
+                MultiTaskCheckpointCallback(
+                    self.save_freq, os.path.join(self.save_path, CHECKPOINT_FOLDER), resume="auto", verbose=self.verbose
+                )
+            )
         self.callbacks.append(ProgressFileCallback(self.save_path))
         for index, callback in enumerate(self.callbacks[n_specified:], n_specified):
             if type(callback) is EvalCallback:
@@ -240,6 +260,14 @@ class MultiTaskExperimentMixin(ExperimentManager):
                     eval_freq=callback.eval_freq,
                     deterministic=callback.deterministic,
                 )
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        if self.resume_folder is not None:
+            print(f"Log path: {self.save_path}")
+            return  # it is there
+        super()._save_config(saved_hyperparams)
+        if self.is_multi_task_algorithm:
+            (Path(self.params_path) / ARGUMENTS_FILE).write_text(json.dumps([*sys.argv[1:], "--seed", str(self.seed)]))
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         model = super()._load_pretrained_agent(hyperparams, env)

@@ -4,6 +4,9 @@ import sb3_mtrl
 
 # As hyperparameter files and saved configurations write it
 TASK_ASSIGNMENT = "sb3_mtrl.common.vec_env.VecTaskAssignment"
+# In the folder of an experiment: what it goes on from, and (beside the saved configuration) the command line to do it with
+CHECKPOINT_FOLDER = "checkpoints"
+ARGUMENTS_FILE = "arguments.json"
 
 
 def hyperparams_path(algo: str) -> Path:
