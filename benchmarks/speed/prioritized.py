@@ -32,8 +32,8 @@ def fill(buffer: MultiTaskReplayBuffer) -> None:
         rows = buffer._rows[start : start + 100_000]
         rows[:] = rng.normal(size=rows.shape)
     buffer.full[:] = True
+    buffer._laps[:] = 1
     if isinstance(buffer, TaskPrioritizedReplayBuffer):
-        buffer._laps[:] = 1
         buffer._tree.leaves[:, : buffer.capacity_per_task] = rng.exponential(size=(buffer.num_tasks, buffer.capacity_per_task))
         buffer._tree.rebuild()
 
@@ -49,6 +49,7 @@ def measure_replay(
     plain = MultiTaskReplayBuffer(*settings, num_tasks=num_tasks)
     plain._rows = prioritized._rows  # the same memory: there may be no room for two
     plain.full[:] = True
+    plain._laps[:] = 1
     errors = np.random.default_rng(1).exponential(size=batch_size)
     base = np.zeros((num_tasks, OBS_DIM), dtype=np.float32)
     obs = np.concatenate([base, np.eye(num_tasks, dtype=np.float32)], axis=1)
