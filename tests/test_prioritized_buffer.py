@@ -10,13 +10,16 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import EveryNTimesteps
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_mtrl import CMTASAC, MTSAC, STARSSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import MultiTaskEvalCallback
 from sb3_mtrl.common.prioritized import SuccessWindows, SumTree, TaskPrioritizedReplayBuffer, apportion
+from sb3_mtrl.common.vec_env import VecTaskAssignment
 from tests.models import ALGORITHMS, DropTasks, make_env, make_model, parameters_of
 from tests.test_buffers import BASE_DIM, add
+from tests.tiny_envs import PointTasksEnv
 
 PER = TaskPrioritizedReplayBuffer
 
@@ -731,6 +734,35 @@ def test_performance_of_evaluations_without_evaluations_is_warned_about():
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="performance_source")
             model.learn(3, callback=callback)
+
+
+class SilentEnv(PointTasksEnv):
+    """It tells nothing of success."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        del info["is_success"]
+        return obs, reward, terminated, truncated, info
+
+
+def silent_evaluation(num_tasks: int) -> MultiTaskEvalCallback:
+    env = VecTaskAssignment(DummyVecEnv([lambda: SilentEnv(num_tasks, horizon=4)]))
+    return MultiTaskEvalCallback(env, n_eval_episodes=num_tasks, eval_freq=1, verbose=0, warn=False)
+
+
+@pytest.mark.parametrize(("num_tasks", "task_priority"), [(3, "uniform"), (1, "linear")])
+def test_shares_that_follow_nothing_need_no_evaluations(num_tasks, task_priority):
+    model = make_model(STARSSAC, make_env(num_tasks), performance_source="eval", task_priority=task_priority)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="performance_source|the evaluation tells")
+        model.learn(3)
+        model.learn(3, callback=silent_evaluation(num_tasks))
+
+
+def test_evaluations_without_success_are_warned_about():
+    model = make_model(STARSSAC, performance_source="eval")
+    with pytest.warns(UserWarning, match=r"the evaluation tells nothing of success.* unless you call set_task_performance"):
+        model.learn(3, callback=silent_evaluation(3))
 
 
 def test_evaluation_feeds_the_task_priorities_where_asked_to():

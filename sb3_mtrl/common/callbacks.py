@@ -282,8 +282,12 @@ class MultiTaskEvalCallback(EvalCallback):
         if isinstance(replay_buffer, TaskPrioritizedReplayBuffer) and replay_buffer.performance_source == "eval":
             if evaluation.has_success:
                 replay_buffer.set_task_performance(evaluation.success_rates)
-            else:
-                warnings.warn("the evaluation tells nothing of success: the shares of the tasks stay equal", stacklevel=2)
+            elif replay_buffer.follows_evaluations:
+                warnings.warn(
+                    "the evaluation tells nothing of success: the shares of the tasks stay as they are unless you call "
+                    "set_task_performance",
+                    stacklevel=2,
+                )
         if self.log_path is None:
             return
         self.evaluations_timesteps.append(self.num_timesteps)

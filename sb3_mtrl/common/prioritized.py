@@ -342,6 +342,11 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         return super()._n_bytes() + n_nodes * np.dtype(np.float64).itemsize
 
     def settings(self) -> dict[str, Any]:
+    @property
+    def follows_evaluations(self) -> bool:
+        """Whether evaluations change the shares of the tasks."""
+        return self.performance_source == "eval" and self.task_priority != "uniform" and self.num_tasks > 1
+
         """
         :return: The arguments that say what is drawn, by name
         """

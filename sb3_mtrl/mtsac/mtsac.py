@@ -529,11 +529,10 @@ class MTSAC(SAC):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         buffer = self._prioritized_buffer
-        waits_for_evaluation = buffer is not None and buffer.performance_source == "eval" and self.num_tasks > 1
-        if waits_for_evaluation and not has_multi_task_evaluation(callback):
+        if buffer is not None and buffer.follows_evaluations and not has_multi_task_evaluation(callback):
             warnings.warn(
                 "performance_source='eval' needs the evaluations of a MultiTaskEvalCallback, and learn() was given none: "
-                "the shares of the tasks in a batch stay as they are",
+                "the shares of the tasks in a batch stay as they are unless you call set_task_performance",
                 stacklevel=2,
             )
         # All is set up for a new training: what a checkpoint holds takes its place
