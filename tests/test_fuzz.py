@@ -11,6 +11,7 @@ import io
 import math
 import re
 import tempfile
+import typing
 import warnings
 from collections.abc import Callable
 from numbers import Real
@@ -33,6 +34,7 @@ from sb3_mtrl import CMTASAC, MTSAC, STARSSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.prioritized import TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.vec_env import VecTaskNormalize, make_multi_task_vec_env
+from sb3_mtrl.common.callbacks import TaskSuccessCallback
 from sb3_mtrl.zoo.algorithms import ALGORITHMS as ZOO_ALGORITHMS
 from sb3_mtrl.zoo.utils import hyperparams_path
 from tests.models import ALGORITHMS, NUM_TASKS, make_env
@@ -147,7 +149,7 @@ def test_environment_makers(mutation, n_envs):
         with contextlib.suppress(FileNotFoundError, PermissionError):  # of a folder, which they name
             make_multi_task_vec_env(**{"env_id": "MT3", "n_envs": n_envs, **mutation}).close()
 
-    if "wrapper_class" in mutation or callable(mutation.get("env_id")):
+    if callable(mutation.get("env_id")) or callable(mutation.get("wrapper_class")):
         return  # any callable may make an environment: what it does is its own affair
     construct_or_refuse(make, mutation)
 
@@ -277,9 +279,14 @@ def refuse_or_train_file(algo: str, content: Any, names: list[str]) -> None:
         (dict(learning_rate=math.inf), "learning_rate must be at least 0 and finite, got inf"),
         (dict(learning_rate=len), "learning_rate must be a number or a function of the remaining progress, got"),
         (dict(min_ent_coef=0.5, max_ent_coef=0.1), "min_ent_coef must be at most max_ent_coef=0.1, got 0.5"),
-        (dict(use_sde="no"), "use_sde must be one of True, False, got 'no'"),  # was True
+        (dict(use_sde="no"), "use_sde must be True or False, got 'no'"),  # was True
         (dict(device="gpu"), "device must be 'auto' or a device of PyTorch, got 'gpu'"),
-        (dict(policy=None), r"policy \(if no class\) must be one of 'MlpPolicy'"),
+        (dict(policy=None), r"policy must be .*'MlpPolicy'.*, got None"),
+        (
+            dict(train_freq=[1, "step"]),
+            r"train_freq must be an integer or a tuple like \(1, 'step'\) or \(1, 'episode'\), got \[",
+        ),
+        (dict(learning_starts=math.nan), "learning_starts must be finite, got nan"),
         (dict(replay_buffer_class="MultiTaskReplayBuffer"), "replay_buffer_class must be a subclass of ReplayBuffer or None"),
         (dict(replay_buffer_kwargs={1: 2}), "replay_buffer_kwargs must be a dict from names of arguments to values or None"),
         (dict(policy_kwargs=dict(net_arch=[0])), "each layer width in net_arch must be at least 1, got 0"),
@@ -294,12 +301,93 @@ def test_refused_at_construction(algorithm, kwargs, message):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_numbers_of_numpy_are_numbers(algorithm):
-    own = {STARSSAC: dict(n_param_sets=np.int64(2), performance_window=np.int64(3)), PaCoSAC: dict(n_param_sets=np.int64(2))}
-    model = make_fuzzed(
-        algorithm, learning_rate=np.float32(1e-3), stats_window_size=np.int64(5), seed=np.int64(1), **own.get(algorithm, {})
-    )
+def test_numbers_of_numpy_are_numbers(algorithm, convert, tmp_path):
+    """Every integer argument, and some others."""
+    parameters = inspect.signature(algorithm).parameters.values()
+    names = [p.name for p in parameters if p.annotation is int or int in typing.get_args(p.annotation)]
+    integers = {name: convert(INTEGERS[name]) for name in names}
+    model = make_fuzzed(algorithm, learning_rate=np.float32(1e-3), tau=convert(1), target_entropy=convert(-2), **integers)
+    model.learn(N_STEPS, TaskSuccessCallback(convert(3)))
+    attributes = {**vars(model), "train_freq": model.train_freq.frequency, "stats_window_size": model._stats_window_size}
+    assert {name: type(attributes[name]) for name in names} == dict.fromkeys(names, int)
+    # NumPy's would have been pickled
+    model.save(tmp_path / "model.zip")
+    assert algorithm.load(tmp_path / "model.zip", safe=True, learning_rate=1e-3, device="cpu").seed == 1
+
+
+@pytest.mark.parametrize("convert", [np.int64, np.array])
+def test_numbers_of_numpy_are_numbers_of_buffers(convert):
+    names = ("performance_window", "rows_per_group", "min_rows_per_task", "num_tasks")
+    settings = dict(zip(names, map(convert, (3, 2, 2, NUM_TASKS)), strict=True))
+    model = make_fuzzed(MTSAC, replay_buffer_class=TaskPrioritizedReplayBuffer, replay_buffer_kwargs=settings)
     model.learn(N_STEPS)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(learning_starts=-1),
+        dict(max_ent_coef=math.inf),
+        dict(use_sde=True, policy_kwargs=dict(net_arch=[8], clip_mean=-1.0)),
+        dict(policy_kwargs=dict(net_arch={"pi": [8], "qf": [8], "vf": [8]})),
+        dict(
+            replay_buffer_class=TaskPrioritizedReplayBuffer,
+            replay_buffer_kwargs=dict(task_priority="softmax", temperature=math.inf),
+        ),
+    ],
+)
+def test_values_with_a_meaning_are_taken(kwargs):
+    model = make_fuzzed(MTSAC, **kwargs)
+    if model.replay_buffer_kwargs:
+        model.replay_buffer.set_task_performance(np.array([0.0, 0.5, 1.0]))
+    model.learn(N_STEPS)
+    assert model.num_timesteps >= N_STEPS
+    if model.replay_buffer_kwargs:
+        # exp((1 - rate) / inf) is 1 for every task
+        np.testing.assert_allclose(model.replay_buffer.task_priorities, 1 / NUM_TASKS)
+
+
+INTEGERS = dict(
+    buffer_size=120,
+    learning_starts=9,
+    batch_size=12,
+    train_freq=2,
+    gradient_steps=1,
+    n_steps=1,
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_numbers_of_numpy_are_numbers(algorithm, convert, tmp_path):
+    """Every integer argument, and some others."""
+    parameters = inspect.signature(algorithm).parameters.values()
+    names = [p.name for p in parameters if p.annotation is int or int in typing.get_args(p.annotation)]
+    integers = {name: convert(INTEGERS[name]) for name in names}
+    model = make_fuzzed(algorithm, learning_rate=np.float32(1e-3), tau=convert(1), target_entropy=convert(-2), **integers)
+    model.learn(N_STEPS, TaskSuccessCallback(convert(3)))
+    attributes = {**vars(model), "train_freq": model.train_freq.frequency, "stats_window_size": model._stats_window_size}
+    assert {name: type(attributes[name]) for name in names} == dict.fromkeys(names, int)
+    # NumPy's would have been pickled
+    model.save(tmp_path / "model.zip")
+    assert algorithm.load(tmp_path / "model.zip", safe=True, learning_rate=1e-3, device="cpu").seed == 1
+
+
+@pytest.mark.parametrize("convert", [np.int64, np.array])
+def test_numbers_of_numpy_are_numbers_of_buffers(convert):
+    names = ("performance_window", "rows_per_group", "min_rows_per_task", "num_tasks")
+    settings = dict(zip(names, map(convert, (3, 2, 2, NUM_TASKS)), strict=True))
+    model = make_fuzzed(MTSAC, replay_buffer_class=TaskPrioritizedReplayBuffer, replay_buffer_kwargs=settings)
+    model.learn(N_STEPS)
+    assert all(type(getattr(model.replay_buffer, name)) is int for name in names)
+    target_update_interval=1,
+    sde_sample_freq=-1,
+    num_tasks=NUM_TASKS,
+    stats_window_size=5,
+    verbose=0,
+    seed=1,
+    n_param_sets=2,
+    n_experts=2,
+    unique_dim=4,
+    performance_window=3,
+)
+
+
+@pytest.mark.parametrize("convert", [np.int64, np.array])
 
 
 @pytest.mark.parametrize(

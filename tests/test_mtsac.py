@@ -257,8 +257,14 @@ def test_unassigned_tasks_are_warned_about():
         (dict(max_grad_norm=0.0), "max_grad_norm must be above 0 or None, got 0"),
         (dict(max_ent_coef=-1.0), "max_ent_coef must be above 0 or None, got -1"),
         (dict(policy_kwargs=dict(log_std_bounds=(2, -10))), "log_std_bounds must be"),
-        (dict(policy_kwargs=dict(num_tasks=2)), "num_tasks in policy_kwargs must be the argument num_tasks=3 of"),
-        (dict(replay_buffer_kwargs=dict(num_tasks=2)), "num_tasks in replay_buffer_kwargs must be one of 3, got 2"),
+        (
+            dict(policy_kwargs=dict(num_tasks=2)),
+            r"num_tasks must be given as an argument of \w+, not in policy_kwargs, got 2 there and 3 here",
+        ),
+        (
+            dict(replay_buffer_kwargs=dict(num_tasks=2)),
+            r"num_tasks must be given as an argument of \w+, not in replay_buffer_kwargs, got 2 there and 3 here",
+        ),
     ],
 )
 def test_bad_arguments(algorithm, kwargs, message):
@@ -269,10 +275,15 @@ def test_bad_arguments(algorithm, kwargs, message):
 def test_bad_heads_and_policies():
     with pytest.raises(ValueError, match="n_heads must be one of 'shared', 'per_task', got 'many'"):
         make_model(n_heads="many")
+    with pytest.raises(ValueError, match="clip_mean must be a number, got nan"):
+        make_model(policy_kwargs=dict(clip_mean=float("nan")))
     with pytest.raises(ValueError, match="use_sde must be False with n_heads='per_task'"):
         make_model(n_heads="per_task", use_sde=True)
-    with pytest.raises(ValueError, match="policy must be a subclass of MTSACPolicy"):
-        MTSAC(SAC.policy_aliases["MlpPolicy"], make_env())
+    with pytest.raises(ValueError, match="n_heads must be given as an argument of MTSAC, not in policy_kwargs, got"):
+        make_model(policy_kwargs=dict(n_heads="per_task"))
+    for policy in (SAC.policy_aliases["MlpPolicy"], int):
+        with pytest.raises(ValueError, match="policy must be a subclass of MTSACPolicy or one of 'MlpPolicy', 'CnnPolicy', "):
+            MTSAC(policy, make_env())
 
 
 def test_a_wrong_one_hot_length_is_refused():

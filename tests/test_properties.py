@@ -787,7 +787,7 @@ def test_number_checks_let_through_what_they_say(value, data):
     at_least, above = (data.draw(st.one_of(st.none(), st.integers(-5, 5))) for _ in range(2))
     at_most = data.draw(st.one_of(st.none(), st.integers(-5, 5))) if (at_least is None) != (above is None) else None
     or_none, integer, finite = (data.draw(st.booleans()) for _ in range(3))
-    is_number = type(value) is int or (type(value) is float and not integer)
+    is_number = type(value) is int or (type(value) is float and not integer and not math.isnan(value))
     is_right = (value is None and or_none) or (
         is_number
         and (at_least is None or value >= at_least)

@@ -27,7 +27,8 @@ from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import record_per_task
 from sb3_mtrl.common.torch_layers import info_nce_losses
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses
-from sb3_mtrl.common.utils import check_choice, check_integer, check_number, polyak_update_
+from sb3_mtrl.common.utils import check_choice, check_flag, check_integer, check_number, polyak_update_
+from sb3_mtrl.mtsac.checks import check_policy
 from sb3_mtrl.mtsac.mtsac import MTSAC, ReplaySamples
 from sb3_mtrl.mtsac.policies import sample_squashed_gaussian
 
@@ -135,14 +136,15 @@ class CMTASAC(MTSAC):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        check_integer("n_experts", n_experts, 1)
-        check_choice("use_temporal", use_temporal, (True, False))
+        check_policy(policy, CMTAPolicy, self.policy_aliases)
+        n_experts = check_integer("n_experts", n_experts, 1)
+        check_flag("use_temporal", use_temporal)
         check_choice("gate_sharing", gate_sharing, GATE_SHARING)
         check_choice("ent_coef_loss", ent_coef_loss, ("alpha", "log_alpha"))
-        check_number("contrastive_coef", contrastive_coef, 0)
-        check_number("contrastive_temperature", contrastive_temperature, above=0)
-        check_number("encoder_tau", encoder_tau, above=0, at_most=1)
-        check_choice("recompute_states", recompute_states, (True, False))
+        contrastive_coef = check_number("contrastive_coef", contrastive_coef, 0)
+        contrastive_temperature = check_number("contrastive_temperature", contrastive_temperature, above=0)
+        encoder_tau = check_number("encoder_tau", encoder_tau, above=0, at_most=1)
+        check_flag("recompute_states", recompute_states)
         if recompute_states and not use_temporal:
             raise ValueError("recompute_states must be False with use_temporal=False, got True (there are no states)")
         super().__init__(
@@ -186,8 +188,6 @@ class CMTASAC(MTSAC):
             device=device,
             _init_setup_model=False,
         )
-        if not issubclass(self.policy_class, CMTAPolicy):
-            raise ValueError(f"policy must be a subclass of CMTAPolicy or one of its names, got {self.policy_class.__name__}")
         self.n_experts = n_experts
         self.use_temporal = use_temporal
         self.gate_sharing = gate_sharing

@@ -9,7 +9,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples
-from sb3_mtrl.common.utils import check_choice, check_integer, check_that, finite_task_ids
+from sb3_mtrl.common.utils import check_flag, check_integer, check_that, finite_task_ids
 from sb3_mtrl.common.vec_env import VecTaskNormalize
 
 try:
@@ -64,11 +64,11 @@ class MultiTaskReplayBuffer(ReplayBuffer):
     ):
         if optimize_memory_usage:
             raise ValueError("optimize_memory_usage must be False with MultiTaskReplayBuffer, got True")
-        check_integer("num_tasks", num_tasks, 1)
-        check_integer("buffer_size", buffer_size, 1)
-        check_integer("n_envs", n_envs, 1)
-        check_choice("handle_timeout_termination", handle_timeout_termination, (True, False))
-        check_choice("task_in_observation", task_in_observation, (True, False))
+        num_tasks = check_integer("num_tasks", num_tasks, 1)
+        buffer_size = check_integer("buffer_size", buffer_size, 1)
+        n_envs = check_integer("n_envs", n_envs, 1)
+        check_flag("handle_timeout_termination", handle_timeout_termination)
+        check_flag("task_in_observation", task_in_observation)
         is_mapping = extra_columns is None or isinstance(extra_columns, Mapping)
         check_that("extra_columns", extra_columns, is_mapping, "a mapping from names to widths or None")
         if num_tasks > 1 and not task_in_observation:
@@ -94,7 +94,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         for name, width in self.extra_columns.items():
             if name in OWN_COLUMNS:
                 raise ValueError(f"extra_columns must have other names than {', '.join(OWN_COLUMNS)}, got {name!r}")
-            check_integer(f"the width of {name!r} in extra_columns", width, 1)
+            self.extra_columns[name] = check_integer(f"the width of {name!r} in extra_columns", width, 1)
 
         self.capacity_per_task = buffer_size // num_tasks
         self.buffer_size = self.capacity_per_task * num_tasks

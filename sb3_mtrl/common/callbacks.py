@@ -71,7 +71,7 @@ class TaskSuccessCallback(BaseCallback):
 
     def __init__(self, window_size: int = 100, verbose: int = 0):
         super().__init__(verbose)
-        check_integer("window_size", window_size, 1)
+        window_size = check_integer("window_size", window_size, 1)
         self.window_size = window_size
         self.task_names: tuple[str, ...] = ()
         self._successes: list[deque[float]] = []
@@ -185,7 +185,7 @@ class MultiTaskEvalCallback(EvalCallback):
         warn: bool = True,
         seed: int | None = DEFAULT_EVAL_SEED,
     ):
-        check_integer("n_eval_episodes", n_eval_episodes, 1)
+        n_eval_episodes = check_integer("n_eval_episodes", n_eval_episodes, 1)
         super().__init__(
             eval_env,
             callback_on_new_best=callback_on_new_best,
@@ -589,7 +589,7 @@ class LossMaskoutCallback(BaseCallback):
 
     def __init__(self, threshold: float = 3000.0, loss: str = "total", verbose: int = 0):
         super().__init__(verbose)
-        check_number("threshold", threshold, 0, finite=False)
+        threshold = check_number("threshold", threshold, 0, finite=False)
         check_choice("loss", loss, ("total", "critic"))
         self.threshold = threshold
         self.loss = loss

@@ -192,7 +192,7 @@ def wilson_interval(n_successes: float, n_episodes: int, confidence: float = 0.9
     :return: Lower and upper end, in [0, 1]
     :raises ValueError: if an argument is out of its range
     """
-    check_integer("n_episodes", n_episodes, 1)
+    n_episodes = check_integer("n_episodes", n_episodes, 1)
     if not 0 <= n_successes <= n_episodes:
         raise ValueError(f"n_successes must be in [0, n_episodes={n_episodes}], got {n_successes}")
     if not 0.0 < confidence < 1.0:

@@ -148,7 +148,7 @@ class SuccessWindows:
     """
 
     def __init__(self, num_tasks: int, window_size: int):
-        self.windows: list[deque[float]] = [deque(maxlen=int(window_size)) for _ in range(num_tasks)]
+        self.windows: list[deque[float]] = [deque(maxlen=window_size) for _ in range(num_tasks)]
         self.start_episodes(0)
 
     def start_episodes(self, n_envs: int) -> None:
@@ -243,7 +243,7 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         shares
     :param rho_min: Lowest rho of "linear", so that solved tasks are not forgotten
     :param rho_max: Highest rho of "linear"
-    :param temperature: Temperature of "softmax"
+    :param temperature: Temperature of "softmax"; infinity: equal shares
     :param min_rows_per_task: Rows in a batch that every task with transitions has at least, rounded up to whole groups
     :param rows_per_group: Rows g of a group, a divisor of ``batch_size / num_tasks``; None: the largest one up to 32 and up to
         a quarter of an equal share. Small groups follow the shares closely, large ones are faster where networks have
@@ -284,25 +284,26 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         performance_source: str = "train",
         performance_window: int = 20,
     ):
-        for name, value in (("alpha", alpha), ("beta", beta), ("beta_end", beta_end)):
-            check_number(name, value, 0, at_most=1)
-        check_number("eps", eps, above=0)
-        check_number("max_priority", max_priority)
+        alpha = check_number("alpha", alpha, 0, at_most=1)
+        beta = check_number("beta", beta, 0, at_most=1)
+        beta_end = check_number("beta_end", beta_end, 0, at_most=1)
+        eps = check_number("eps", eps, above=0)
+        max_priority = check_number("max_priority", max_priority)
         if not eps < max_priority:
             raise ValueError(f"max_priority must be finite and above eps={eps}, got {max_priority}")
-        check_number("rho_min", rho_min, finite=False)
-        check_number("rho_max", rho_max, finite=False)
+        rho_min = check_number("rho_min", rho_min, finite=False)
+        rho_max = check_number("rho_max", rho_max, finite=False)
         if not 0 <= rho_min <= rho_max or not 0 < rho_max < math.inf:
             raise ValueError(
                 f"rho_min and rho_max must satisfy 0 <= rho_min <= rho_max and 0 < rho_max, got {rho_min}, {rho_max}"
             )
-        check_number("temperature", temperature, above=0)
+        temperature = check_number("temperature", temperature, above=0, finite=False)
         check_choice("task_priority", task_priority, TASK_PRIORITIES)
         check_choice("per_style", per_style, PER_STYLES)
         check_choice("performance_source", performance_source, PERFORMANCE_SOURCES)
-        check_integer("min_rows_per_task", min_rows_per_task, 1)
-        check_integer("rows_per_group", rows_per_group, 1, or_none=True)
-        check_integer("performance_window", performance_window, 1)
+        min_rows_per_task = check_integer("min_rows_per_task", min_rows_per_task, 1)
+        rows_per_group = check_integer("rows_per_group", rows_per_group, 1, or_none=True)
+        performance_window = check_integer("performance_window", performance_window, 1)
         super().__init__(
             buffer_size,
             observation_space,
@@ -341,12 +342,12 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         n_nodes = 2 * SumTree.leaves_for(self.capacity_per_task) * self.num_tasks
         return super()._n_bytes() + n_nodes * np.dtype(np.float64).itemsize
 
-    def settings(self) -> dict[str, Any]:
     @property
     def follows_evaluations(self) -> bool:
         """Whether evaluations change the shares of the tasks."""
         return self.performance_source == "eval" and self.task_priority != "uniform" and self.num_tasks > 1
 
+    def settings(self) -> dict[str, Any]:
         """
         :return: The arguments that say what is drawn, by name
         """

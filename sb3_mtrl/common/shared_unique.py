@@ -249,7 +249,7 @@ class SharedUniqueExtractor(BaseFeaturesExtractor):
         w_init: str = "normal",
         activation_fn: type[nn.Module] = nn.ReLU,
     ):
-        check_integer("unique_dim", unique_dim, 0)
+        unique_dim = check_integer("unique_dim", unique_dim, 0)
         check_widths("unique_arch", unique_arch)
         shared = CompositionalExtractor(observation_space, num_tasks, n_param_sets, net_arch, w_init, activation_fn)
         super().__init__(observation_space, features_dim=shared.features_dim + unique_dim)

@@ -296,7 +296,7 @@ def init_compositional_vectors(num_tasks: int, n_param_sets: int, w_init: str) -
     :raises ValueError: for another ``w_init``, K below 1, or ``"onehot"`` with K other than T
     """
     check_choice("w_init", w_init, W_INITS)
-    check_integer("n_param_sets", n_param_sets, 1)
+    n_param_sets = check_integer("n_param_sets", n_param_sets, 1)
     if w_init == "normal":
         return th.randn(num_tasks, n_param_sets)
     if w_init == "onehot":
@@ -413,7 +413,7 @@ class Experts(StackedMLP):
         net_arch: Sequence[int] = (64,),
         activation_fn: type[nn.Module] = nn.ReLU,
     ):
-        check_integer("n_experts", n_experts, 1)
+        n_experts = check_integer("n_experts", n_experts, 1)
         check_widths("expert_arch", net_arch)
         if len(net_arch) == 0:
             raise ValueError("expert_arch must name at least one layer width, got none")
@@ -625,7 +625,7 @@ def base_observation_space(observation_space: gym.spaces.Space, num_tasks: int) 
     :return: Box of shape ``(n,)``
     :raises ValueError: if the space is not such a Box, or ``num_tasks`` is below 1
     """
-    check_integer("num_tasks", num_tasks, 1)
+    num_tasks = check_integer("num_tasks", num_tasks, 1)
     if (
         not isinstance(observation_space, gym.spaces.Box)
         or len(observation_space.shape) != 1

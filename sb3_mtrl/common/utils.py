@@ -39,6 +39,15 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     check_that(name, value, is_allowed, f"one of {', '.join(map(repr, allowed))}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Value got
+    :raises ValueError: if it is neither True nor False, nor a number that equals one of them
+    """
+    check_that(name, value, isinstance(value, (Real, np.bool_)) and value in (True, False), "True or False")
+
+
 def check_number(
     name: str,
     value: Any,
@@ -48,51 +57,59 @@ def check_number(
     or_none: bool = False,
     integer: bool = False,
     finite: bool = True,
-) -> None:
+) -> Any:
     """
     :param name: Name of the argument
-    :param value: Value got
+    :param value: Value got; one of NumPy's numbers, or an array without axes, will do
     :param at_least: Lowest value allowed; None: no such bound
     :param above: Bound below all values allowed; None: no such bound
     :param at_most: Highest value allowed; None: no such bound
     :param or_none: Whether None is allowed, too
     :param integer: Whether it has to be an integer
     :param finite: Whether it has to be finite
-    :raises ValueError: if the value is not such a number (True and False are none)
+    :return: The value, as one of Python's numbers
+    :raises ValueError: if the value is not such a number (True, False and NaN are none)
     """
     if value is None and or_none:
-        return
-    is_number = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
-    is_finite = isinstance(value, Integral) or (is_number and math.isfinite(value))  # an integer may be too large for a float
-    in_range = is_number and not (
-        (at_least is not None and not value >= at_least)  # NaN compares false
-        or (above is not None and not value > above)
-        or (at_most is not None and not value <= at_most)
+        return None
+    number = value.item() if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0) else value
+    is_number = isinstance(number, Integral if integer else Real) and not isinstance(number, bool)
+    is_finite = isinstance(number, Integral) or (is_number and math.isfinite(number))  # integers may be too large for a float
+    in_range = (
+        is_number
+        and number == number
+        and not (  # NaN equals nothing
+            (at_least is not None and number < at_least)
+            or (above is not None and number <= above)
+            or (at_most is not None and number > at_most)
+        )
     )
     if in_range and (is_finite or not finite):
-        return
+        return number
     expected = [] if is_number else ["an integer" if integer else "a number"]
-    if at_most is not None:
-        expected.append(f"in [{at_least}, {at_most}]" if above is None else f"in ({above}, {at_most}]")
-    elif above is not None:
-        expected.append(f"above {above}")
-    elif at_least is not None:
-        expected.append(f"at least {at_least}")
-    if finite and is_number and not is_finite and at_most is None:
+    lowest = at_least if above is None else above
+    if at_most is not None and lowest is not None:
+        expected.append(f"in {'[' if above is None else '('}{lowest}, {at_most}]")
+    elif at_most is not None:
+        expected.append(f"at most {at_most}")
+    elif lowest is not None:
+        expected.append(f"{'at least' if above is None else 'above'} {lowest}")
+    if finite and is_number and not is_finite and (at_most is None or lowest is None):
         expected.append("finite")
-    check_that(name, value, False, " and ".join(expected) + (" or None" if or_none else ""))
+    raise ValueError(f"{name} must be {' and '.join(expected or ['a number'])}{' or None' if or_none else ''}, got {value!r}")
 
 
-def check_integer(name: str, value: Any, at_least: int, at_most: int | None = None, or_none: bool = False) -> None:
+def check_integer(name: str, value: Any, at_least: int, at_most: int | None = None, or_none: bool = False) -> Any:
     """
     :param name: Name of the argument
     :param value: Value got
     :param at_least: Lowest value allowed
     :param at_most: Highest value allowed; None: no such bound
     :param or_none: Whether None is allowed, too
+    :return: The value, as Python's int
     :raises ValueError: if the value is no such integer
     """
-    check_number(name, value, at_least, at_most=at_most, or_none=or_none, integer=True)
+    return check_number(name, value, at_least, at_most=at_most, or_none=or_none, integer=True)
 
 
 def number_of(value: Any) -> Any:
@@ -106,15 +123,17 @@ def number_of(value: Any) -> Any:
         return value
 
 
-def check_number_or_auto(name: str, value: Any, at_least: float | None = None) -> None:
+def check_number_or_auto(name: str, value: Any, at_least: float | None = None) -> Any:
     """
     :param name: Name of the argument
     :param value: Value got
     :param at_least: Lowest number allowed; None: no such bound
-    :raises ValueError: if the value is neither "auto" nor such a number
+    :return: "auto", or the value as one of Python's numbers
+    :raises ValueError: if the value is neither "auto" nor such a number nor the text of one ("0.2")
     """
-    if not (isinstance(value, str) and value == "auto"):
-        check_number(f"{name} (if not 'auto')", number_of(value), at_least)
+    if isinstance(value, str) and value == "auto":
+        return value
+    return check_number(f"{name} (if not 'auto')", number_of(value), at_least)
 
 
 def check_kwargs(name: str, kwargs: Any) -> None:

@@ -27,9 +27,8 @@ from stable_baselines3.common.type_aliases import (
     Schedule,
     TensorDict,
     TrainFreq,
-    TrainFrequencyUnit,
 )
-from stable_baselines3.common.utils import get_device, update_learning_rate
+from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 from stable_baselines3.sac.policies import SACPolicy
 
@@ -46,6 +45,7 @@ from sb3_mtrl.common.utils import (
     NonFiniteError,
     are_within,
     check_choice,
+    check_flag,
     check_integer,
     check_kwargs,
     check_number,
@@ -55,11 +55,18 @@ from sb3_mtrl.common.utils import (
     get_num_tasks,
     get_task_names,
     have_finite_gradients,
-    number_of,
     polyak_update_,
     step_unless,
 )
 from sb3_mtrl.common.vec_env import SharedMemoryVecEnv, UpdateWhileStepping, VecTaskNormalize
+from sb3_mtrl.mtsac.checks import (
+    check_device,
+    check_ent_coef,
+    check_env,
+    check_learning_rate,
+    check_policy,
+    check_train_freq,
+)
 from sb3_mtrl.mtsac.policies import N_HEADS, CnnPolicy, MlpPolicy, MTSACActor, MTSACCritic, MTSACPolicy, MultiInputPolicy
 
 SelfMTSAC = TypeVar("SelfMTSAC", bound="MTSAC")
@@ -69,55 +76,6 @@ MAX_INPUT = 1e18
 
 ReplaySamples = ReplayBufferSamples | MultiTaskReplayBufferSamples
 Update = Callable[[ReplaySamples, th.Tensor | None], th.Tensor | None]
-
-
-def check_device(device: Any) -> None:
-    """
-    :param device: PyTorch device, or its name
-    :raises ValueError: if PyTorch knows no such device
-    """
-    try:
-        get_device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"device must be 'auto' or a device of PyTorch, got {device!r}: {error}") from error
-
-
-def check_train_freq(train_freq: Any) -> None:
-    """
-    :param train_freq: See SB3's ``SAC``
-    :raises ValueError: if it is neither a number of steps nor such a number and its unit
-    """
-    is_pair = isinstance(train_freq, tuple) and len(train_freq) == 2
-    number, unit = train_freq if is_pair else (train_freq, "step")
-    check_choice("the unit of train_freq", getattr(unit, "value", unit), [unit.value for unit in TrainFrequencyUnit])
-    check_integer("train_freq", number, 1)
-
-
-def check_learning_rate(learning_rate: Any) -> None:
-    """
-    :param learning_rate: A number, or a function of the remaining progress, which is 1 at the start
-    :raises ValueError: if it is neither, or no learning rate at the start
-    """
-    start = learning_rate
-    if callable(learning_rate):
-        try:
-            start = float(learning_rate(1.0))
-        except Exception as error:
-            raise ValueError(
-                f"learning_rate must be a number or a function of the remaining progress, got {learning_rate!r}: {error}"
-            ) from error
-    check_number("learning_rate", start, 0)
-
-
-def check_ent_coef(ent_coef: Any) -> None:
-    """
-    :param ent_coef: See ``MTSAC``
-    :raises ValueError: if it is none of what is listed there
-    """
-    if isinstance(ent_coef, str) and ent_coef.startswith("auto_"):
-        check_number("the start of ent_coef, behind 'auto_',", number_of(ent_coef.removeprefix("auto_")), above=0)
-    else:
-        check_number_or_auto("ent_coef", ent_coef, 0)
 
 
 class MTSAC(SAC):
@@ -218,61 +176,17 @@ class MTSAC(SAC):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        # SB3 takes most arguments as they are: a bad one fails in the middle of `learn`, or changes the numbers
-        if not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
-            check_choice("policy (if no class)", policy, tuple(self.policy_aliases))
-        is_env = env is None or isinstance(env, str) or hasattr(env, "observation_space")
-        check_that("env", env, is_env, "an environment, a vector environment or the id of an environment")
-        check_learning_rate(learning_rate)
-        check_integer("buffer_size", buffer_size, 1)
-        check_number("learning_starts", learning_starts, 0)
-        check_integer("batch_size", batch_size, 1, or_none=True)
-        check_number("tau", tau, 0, at_most=1)
-        check_number("gamma", gamma, 0, at_most=1)
-        check_train_freq(train_freq)
-        check_integer("gradient_steps", gradient_steps, -1)
-        is_noise = action_noise is None or isinstance(action_noise, ActionNoise)
-        check_that("action_noise", action_noise, is_noise, "an ActionNoise or None")
-        is_buffer_class = isinstance(replay_buffer_class, type) and issubclass(replay_buffer_class, ReplayBuffer)
-        is_right = replay_buffer_class is None or is_buffer_class
-        check_that("replay_buffer_class", replay_buffer_class, is_right, "a subclass of ReplayBuffer or None")
-        check_integer("n_steps", n_steps, 1)
-        check_ent_coef(ent_coef)
-        check_integer("target_update_interval", target_update_interval, 1)
-        check_number_or_auto("target_entropy", target_entropy)
-        check_integer("sde_sample_freq", sde_sample_freq, -1)
-        check_integer("num_tasks", num_tasks, 1, or_none=True)
-        check_choice("n_heads", n_heads, N_HEADS)
-        check_choice("optimizer_order", optimizer_order, ("sequential", "joint"))
-        check_choice("warmup_actions", warmup_actions, ("uniform", "policy"))
-        check_number("ent_coef_learning_rate", ent_coef_learning_rate, above=0, or_none=True)
-        check_number("max_ent_coef", max_ent_coef, above=0, or_none=True)
-        check_number("min_ent_coef", min_ent_coef, above=0, or_none=True)
-        if min_ent_coef is not None and max_ent_coef is not None and min_ent_coef > max_ent_coef:
-            raise ValueError(f"min_ent_coef must be at most max_ent_coef={max_ent_coef}, got {min_ent_coef}")
-        check_number("max_grad_norm", max_grad_norm, above=0, or_none=True, finite=False)
-        check_choice("amp", amp, ("none", "bf16"))
-        check_choice("on_nonfinite", on_nonfinite, ("mask", "raise"))
-        check_integer("stats_window_size", stats_window_size, 1)
-        is_path = tensorboard_log is None or isinstance(tensorboard_log, (str, os.PathLike))
-        check_that("tensorboard_log", tensorboard_log, is_path, "a folder or None")
-        check_integer("verbose", int(verbose) if isinstance(verbose, bool) else verbose, 0)
-        check_integer("seed", seed, 0, 2**32 - 1, or_none=True)
+        # What SB3's constructor looks at; it takes the rest as it is, which `_check_arguments` looks at
+        check_policy(policy, MTSACPolicy, self.policy_aliases)
+        check_env(env)
         check_device(device)
         check_kwargs("replay_buffer_kwargs", replay_buffer_kwargs)
         check_kwargs("policy_kwargs", policy_kwargs)
-        for name, flag in (
-            ("optimize_memory_usage", optimize_memory_usage),
-            ("use_sde", use_sde),
-            ("use_sde_at_warmup", use_sde_at_warmup),
-            ("cpu_tuning", cpu_tuning),
-            ("overlap", overlap),
-        ):
-            check_choice(name, flag, (True, False))
+        check_flag("use_sde", use_sde)
         super().__init__(
             policy,
             env,
-            learning_rate if callable(learning_rate) else float(learning_rate),
+            check_learning_rate(learning_rate),
             buffer_size,
             learning_starts,
             batch_size,  # type: ignore[arg-type]  # resolved in _setup_model
@@ -291,16 +205,14 @@ class MTSAC(SAC):
             use_sde,
             sde_sample_freq,
             use_sde_at_warmup,
-            int(stats_window_size),
+            check_integer("stats_window_size", stats_window_size, 1),
             tensorboard_log,
             policy_kwargs,
-            verbose,
-            None if seed is None else int(seed),
+            check_integer("verbose", int(verbose) if isinstance(verbose, bool) else verbose, 0),
+            check_integer("seed", seed, 0, 2**32 - 1, or_none=True),
             device,
             _init_setup_model=False,
         )
-        if not issubclass(self.policy_class, MTSACPolicy):
-            raise ValueError(f"policy must be a subclass of MTSACPolicy or one of its names, got {self.policy_class.__name__}")
         self.n_heads = n_heads
         self.optimizer_order = optimizer_order
         self.warmup_actions = warmup_actions
@@ -312,7 +224,8 @@ class MTSAC(SAC):
         self.amp = amp
         self.overlap = overlap
         self.on_nonfinite = on_nonfinite
-        self.num_tasks = self._resolve_num_tasks(num_tasks)
+        self._check_arguments()
+        self.num_tasks = self._resolve_num_tasks(check_integer("num_tasks", num_tasks, 1, or_none=True))
         self.task_names = get_task_names(self.env) if self.env is not None else ()
         if len(self.task_names) != self.num_tasks:  # no environment yet, or one that names no tasks
             self.task_names = tuple(f"task-{task_id}" for task_id in range(self.num_tasks))
@@ -339,6 +252,49 @@ class MTSAC(SAC):
             self._setup_model()
 
     # ------------------------------------------------------------------ set-up
+
+    def _check_arguments(self) -> None:
+        """
+        Refuse bad arguments, which would fail in the middle of ``learn`` or change the numbers, and make Python's numbers of
+        NumPy's.
+        """
+        self.buffer_size = check_integer("buffer_size", self.buffer_size, 1)
+        self.learning_starts = check_number("learning_starts", self.learning_starts)
+        self.batch_size = check_integer("batch_size", self.batch_size, 1, or_none=True)
+        self.tau = check_number("tau", self.tau, 0, at_most=1)
+        self.gamma = check_number("gamma", self.gamma, 0, at_most=1)
+        self.train_freq = check_train_freq(self.train_freq, 1 if self.env is None else self.n_envs)
+        self.gradient_steps = check_integer("gradient_steps", self.gradient_steps, -1)
+        is_noise = self.action_noise is None or isinstance(self.action_noise, ActionNoise)
+        check_that("action_noise", self.action_noise, is_noise, "an ActionNoise or None")
+        buffer_class: Any = self.replay_buffer_class
+        is_buffer_class = isinstance(buffer_class, type) and issubclass(buffer_class, ReplayBuffer)
+        is_right = buffer_class is None or is_buffer_class
+        check_that("replay_buffer_class", buffer_class, is_right, "a subclass of ReplayBuffer or None")
+        self.n_steps = check_integer("n_steps", self.n_steps, 1)
+        self.ent_coef = check_ent_coef(self.ent_coef)
+        self.target_update_interval = check_integer("target_update_interval", self.target_update_interval, 1)
+        self.target_entropy = check_number_or_auto("target_entropy", self.target_entropy)
+        self.sde_sample_freq = check_integer("sde_sample_freq", self.sde_sample_freq, -1)
+        check_choice("n_heads", self.n_heads, N_HEADS)
+        check_choice("optimizer_order", self.optimizer_order, ("sequential", "joint"))
+        check_choice("warmup_actions", self.warmup_actions, ("uniform", "policy"))
+        self.ent_coef_learning_rate = check_number(
+            "ent_coef_learning_rate", self.ent_coef_learning_rate, above=0, or_none=True
+        )
+        self.max_ent_coef = check_number("max_ent_coef", self.max_ent_coef, above=0, or_none=True, finite=False)
+        self.min_ent_coef = check_number("min_ent_coef", self.min_ent_coef, above=0, or_none=True)
+        if self.min_ent_coef is not None and self.max_ent_coef is not None and self.min_ent_coef > self.max_ent_coef:
+            raise ValueError(f"min_ent_coef must be at most max_ent_coef={self.max_ent_coef}, got {self.min_ent_coef}")
+        self.max_grad_norm = check_number("max_grad_norm", self.max_grad_norm, above=0, or_none=True, finite=False)
+        check_choice("amp", self.amp, ("none", "bf16"))
+        check_choice("on_nonfinite", self.on_nonfinite, ("mask", "raise"))
+        is_path = self.tensorboard_log is None or isinstance(self.tensorboard_log, (str, os.PathLike))
+        check_that("tensorboard_log", self.tensorboard_log, is_path, "a folder or None")
+        check_flag("optimize_memory_usage", self.optimize_memory_usage)
+        check_flag("use_sde_at_warmup", self.use_sde_at_warmup)
+        check_flag("cpu_tuning", self.cpu_tuning)
+        check_flag("overlap", self.overlap)
 
     def _resolve_num_tasks(self, num_tasks: int | None) -> int:
         env_num_tasks = None
@@ -373,20 +329,14 @@ class MTSAC(SAC):
         # The networks and the buffer need T; what the user gave stays as it is, it is what save() writes
         policy_kwargs, replay_buffer_kwargs = self.policy_kwargs, self.replay_buffer_kwargs
         for name, value in self._policy_settings().items():
-            given = policy_kwargs.get(name, value)
-            # Else some parts of the algorithm would follow the one, and some the other
-            is_equal = not isinstance(given, (np.ndarray, th.Tensor)) and given == value
-            check_that(f"{name} in policy_kwargs", given, is_equal, f"the argument {name}={value!r} of {type(self).__name__}")
+            self._check_misplaced("policy_kwargs", name, policy_kwargs.get(name, value), value)
         self.policy_kwargs = {**self._policy_settings(), **policy_kwargs}
         if self.num_tasks > 1 or (self.replay_buffer_class and issubclass(self.replay_buffer_class, MultiTaskReplayBuffer)):
             self.replay_buffer_class = self.replay_buffer_class or MultiTaskReplayBuffer
-            given = replay_buffer_kwargs.get("num_tasks", self.num_tasks)
-            check_choice("num_tasks in replay_buffer_kwargs", given, (self.num_tasks,))
+            given_num_tasks = replay_buffer_kwargs.get("num_tasks", self.num_tasks)
+            self._check_misplaced("replay_buffer_kwargs", "num_tasks", given_num_tasks, self.num_tasks)
             self.replay_buffer_kwargs = {**self._replay_buffer_settings(), **replay_buffer_kwargs}
         super()._setup_model()
-        train_freq: Any = self.train_freq  # SB3 has made a TrainFreq of it
-        if self.n_envs > 1 and train_freq.unit == TrainFrequencyUnit.EPISODE:
-            raise ValueError(f"train_freq must be in steps with {self.n_envs} sub-environments, got {train_freq}")
         self.policy_kwargs, self.replay_buffer_kwargs = policy_kwargs, replay_buffer_kwargs
         if isinstance(self.replay_buffer, MultiTaskReplayBuffer):
             self.replay_buffer.rows_per_task(self.batch_size)  # refuses a batch that has no equal shares
@@ -417,6 +367,14 @@ class MTSAC(SAC):
         self._nonfinite_tasks = th.zeros(self.num_tasks, dtype=th.bool, device=self.device)
         self._warned_of_nonfinite = False
         self.update_guards.clear()
+
+    def _check_misplaced(self, place: str, name: str, given: Any, own: Any) -> None:
+        """Refuse another value of an argument elsewhere: some parts of the algorithm would follow the one, some the other."""
+        if getattr(given, "ndim", 0) > 0 or given != own:
+            raise ValueError(
+                f"{name} must be given as an argument of {type(self).__name__}, not in {place}, "
+                f"got {given!r} there and {own!r} here"
+            )
 
     @property
     def _prioritized_buffer(self) -> TaskPrioritizedReplayBuffer | None:
@@ -1459,6 +1417,10 @@ class MTSAC(SAC):
                 raise ValueError(
                     f"env must have the model's num_tasks={data['num_tasks']}, got one with num_tasks={env_num_tasks}"
                 )
+        # The policy of older versions took an argument of the algorithm from there
+        for name, value in (data.get("policy_kwargs") or {}).items():
+            if name in data:
+                kwargs.setdefault(name, value)
         if isinstance(path, io.BufferedIOBase):
             path.seek(0)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)

@@ -22,6 +22,7 @@ from sb3_mtrl.common.policies import Layers
 from sb3_mtrl.common.torch_layers import GradientGate, StackedMLP, TaskHeads, base_observation_space
 from sb3_mtrl.common.utils import (
     check_choice,
+    check_flag,
     check_integer,
     check_kwargs,
     check_number,
@@ -51,9 +52,10 @@ def check_net_arch(net_arch: Any) -> None:
     :raises ValueError: if these are no widths of layers
     """
     if isinstance(net_arch, dict):
-        check_that("net_arch", net_arch, set(net_arch) == {"pi", "qf"}, "a list, or a dict of the lists 'pi' and 'qf'")
-        for widths in net_arch.values():
-            check_widths("net_arch", widths)
+        # SB3 ignores other keys
+        check_that("net_arch", net_arch, {"pi", "qf"} <= set(net_arch), "a list, or a dict of the lists 'pi' and 'qf'")
+        check_widths("net_arch", net_arch["pi"])
+        check_widths("net_arch", net_arch["qf"])
     elif net_arch is not None:
         check_that("net_arch", net_arch, isinstance(net_arch, list), "a list, or a dict of the lists 'pi' and 'qf'")
         check_widths("net_arch", net_arch)
@@ -350,7 +352,7 @@ class MTSACPolicy(SACPolicy):
         log_std_bounds: tuple[float, float] = (LOG_STD_MIN, LOG_STD_MAX),
     ):
         check_choice("n_heads", n_heads, N_HEADS)
-        check_integer("num_tasks", num_tasks, 1)
+        num_tasks = check_integer("num_tasks", num_tasks, 1)
         check_net_arch(net_arch)
         check_factory("activation_fn", activation_fn, nn.Module)
         check_factory("optimizer_class", optimizer_class, th.optim.Optimizer)
@@ -358,16 +360,16 @@ class MTSACPolicy(SACPolicy):
             check_factory("features_extractor_class", features_extractor_class, BaseFeaturesExtractor)
         check_kwargs("features_extractor_kwargs", features_extractor_kwargs)
         check_kwargs("optimizer_kwargs", optimizer_kwargs)
-        check_integer("n_critics", n_critics, 1)
-        check_number("log_std_init", log_std_init)
-        check_number("clip_mean", clip_mean, 0, finite=False)
+        n_critics = check_integer("n_critics", n_critics, 1)
+        log_std_init = check_number("log_std_init", log_std_init)
+        clip_mean = check_number("clip_mean", clip_mean, finite=False)  # no clipping if negative
         for name, flag in (
             ("use_expln", use_expln),
             ("normalize_images", normalize_images),
             ("share_features_extractor", share_features_extractor),
             ("observe_task", observe_task),
         ):
-            check_choice(name, flag, (True, False))
+            check_flag(name, flag)
         if n_heads == "per_task" and num_tasks == 1:
             n_heads = "shared"  # one task has one head
         if n_heads == "per_task" and use_sde:

@@ -10,7 +10,8 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 
 from sb3_mtrl.common.callbacks import SIMPLEX_DRAWS, LossMaskoutCallback, WResetCallback
 from sb3_mtrl.common.torch_layers import W_INITS
-from sb3_mtrl.common.utils import check_choice, check_integer, check_number
+from sb3_mtrl.common.utils import check_choice, check_flag, check_integer, check_number
+from sb3_mtrl.mtsac.checks import check_policy
 from sb3_mtrl.mtsac.mtsac import MTSAC
 from sb3_mtrl.pacosac.policies import STRUCTURES, CnnPolicy, MlpPolicy, MultiInputPolicy, PaCoActor, PaCoPolicy
 
@@ -108,14 +109,15 @@ class PaCoSAC(MTSAC):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        check_integer("n_param_sets", n_param_sets, 1)
+        check_policy(policy, PaCoPolicy, self.policy_aliases)
+        n_param_sets = check_integer("n_param_sets", n_param_sets, 1)
         check_choice("w_init", w_init, W_INITS)
         check_choice("structure", structure, STRUCTURES)
-        check_number("w_learning_rate", w_learning_rate, 0, or_none=True)
-        check_number("maskout_threshold", maskout_threshold, 0, or_none=True, finite=False)
-        check_choice("w_reset", w_reset, (True, False))
+        w_learning_rate = check_number("w_learning_rate", w_learning_rate, 0, or_none=True)
+        maskout_threshold = check_number("maskout_threshold", maskout_threshold, 0, or_none=True, finite=False)
+        check_flag("w_reset", w_reset)
         check_choice("w_reset_simplex", w_reset_simplex, SIMPLEX_DRAWS)
-        check_choice("w_reset_moments", w_reset_moments, (True, False))
+        check_flag("w_reset_moments", w_reset_moments)
         super().__init__(
             policy,
             env,
@@ -157,8 +159,6 @@ class PaCoSAC(MTSAC):
             device=device,
             _init_setup_model=False,
         )
-        if not issubclass(self.policy_class, PaCoPolicy):
-            raise ValueError(f"policy must be a subclass of PaCoPolicy or one of its names, got {self.policy_class.__name__}")
         self.n_param_sets = n_param_sets
         self.w_init = w_init
         self.structure = structure

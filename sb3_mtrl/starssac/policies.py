@@ -20,7 +20,7 @@ from sb3_mtrl.common.compositional import (
 from sb3_mtrl.common.policies import Layers, fold_task_into_bias, merge_late_branch
 from sb3_mtrl.common.shared_unique import N_SHARED_LAYERS, SharedUniqueMLP
 from sb3_mtrl.common.torch_layers import GradientGate, init_compositional_vectors
-from sb3_mtrl.common.utils import check_choice, check_integer, check_widths
+from sb3_mtrl.common.utils import check_flag, check_integer, check_widths
 from sb3_mtrl.mtsac.policies import MTSACActor, MTSACCritic, MTSACPolicy, split_tasks_and_groups
 
 
@@ -381,10 +381,10 @@ class STARSPolicy(MTSACPolicy):
     ):
         if use_sde:
             raise ValueError("use_sde must be False, got True (STARS' actor has a state dependent standard deviation)")
-        check_integer("unique_dim", unique_dim, 0)
+        unique_dim = check_integer("unique_dim", unique_dim, 0)
         if unique_arch is not None:
             check_widths("unique_arch", unique_arch)
-        check_choice("unique_observes_task", unique_observes_task, (True, False))
+        check_flag("unique_observes_task", unique_observes_task)
         if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
             optimizer_kwargs = dict(fused=True)
         # Before super().__init__, which builds the networks

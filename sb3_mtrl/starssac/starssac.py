@@ -12,7 +12,8 @@ from sb3_mtrl.common.prioritized import PERFORMANCE_SOURCES, TASK_PRIORITIES, Ta
 from sb3_mtrl.common.shared_unique import triplet_losses
 from sb3_mtrl.common.torch_layers import W_INITS
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples
-from sb3_mtrl.common.utils import check_choice, check_integer, check_number, polyak_update_
+from sb3_mtrl.common.utils import check_choice, check_flag, check_integer, check_number, polyak_update_
+from sb3_mtrl.mtsac.checks import check_policy
 from sb3_mtrl.mtsac.mtsac import MTSAC, ReplaySamples
 from sb3_mtrl.starssac.policies import (
     CnnPolicy,
@@ -166,23 +167,25 @@ class STARSSAC(MTSAC):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        check_integer("n_param_sets", n_param_sets, 1)
+        check_policy(policy, STARSPolicy, self.policy_aliases)
+        n_param_sets = check_integer("n_param_sets", n_param_sets, 1)
         check_choice("w_init", w_init, W_INITS)
-        check_number("w_learning_rate", w_learning_rate, 0, or_none=True)
-        check_integer("unique_dim", unique_dim, 0)
-        check_choice("unique_from_rl", unique_from_rl, (True, False))
-        check_choice("compositional_head", compositional_head, (True, False))
-        check_number("triplet_coef", triplet_coef, 0)
-        check_number("triplet_margin", triplet_margin, above=0)
-        check_choice("triplet_normalize", triplet_normalize, (True, False))
+        w_learning_rate = check_number("w_learning_rate", w_learning_rate, 0, or_none=True)
+        unique_dim = check_integer("unique_dim", unique_dim, 0)
+        check_flag("unique_from_rl", unique_from_rl)
+        check_flag("compositional_head", compositional_head)
+        triplet_coef = check_number("triplet_coef", triplet_coef, 0)
+        triplet_margin = check_number("triplet_margin", triplet_margin, above=0)
+        check_flag("triplet_normalize", triplet_normalize)
         check_choice("task_priority", task_priority, TASK_PRIORITIES)
         check_choice("performance_source", performance_source, PERFORMANCE_SOURCES)
         check_choice("actor_batch", actor_batch, ("same", "uniform_in_task"))
-        for name, value in (("rho_min", rho_min), ("per_alpha", per_alpha), ("per_beta", per_beta)):
-            check_number(name, value, 0, at_most=1)
-        check_integer("performance_window", performance_window, 1)
-        check_number("maskout_threshold", maskout_threshold, 0, or_none=True, finite=False)
-        check_choice("w_reset", w_reset, (True, False))
+        rho_min = check_number("rho_min", rho_min, 0, at_most=1)
+        per_alpha = check_number("per_alpha", per_alpha, 0, at_most=1)
+        per_beta = check_number("per_beta", per_beta, 0, at_most=1)
+        performance_window = check_integer("performance_window", performance_window, 1)
+        maskout_threshold = check_number("maskout_threshold", maskout_threshold, 0, or_none=True, finite=False)
+        check_flag("w_reset", w_reset)
         check_choice("w_reset_simplex", w_reset_simplex, SIMPLEX_DRAWS)
         super().__init__(
             policy,
@@ -225,8 +228,6 @@ class STARSSAC(MTSAC):
             device=device,
             _init_setup_model=False,
         )
-        if not issubclass(self.policy_class, STARSPolicy):
-            raise ValueError(f"policy must be a subclass of STARSPolicy or one of its names, got {self.policy_class.__name__}")
         self.n_param_sets = n_param_sets
         self.w_init = w_init
         self.w_learning_rate = w_learning_rate

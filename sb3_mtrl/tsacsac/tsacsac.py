@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import record_per_task
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses
-from sb3_mtrl.common.utils import check_choice, check_number, check_number_or_auto, polyak_update_, step_unless
+from sb3_mtrl.common.utils import check_choice, check_flag, check_number, check_number_or_auto, polyak_update_, step_unless
+from sb3_mtrl.mtsac.checks import check_policy
 from sb3_mtrl.mtsac.mtsac import MTSAC, ReplaySamples
 from sb3_mtrl.mtsac.policies import MTSACActor, MTSACCritic
 from sb3_mtrl.pacosac.policies import PaCoPolicy
@@ -164,15 +165,16 @@ class TSACSAC(MTSAC):
             raise ValueError(
                 f"policy must be 'MlpPolicy' or a subclass of TSACPolicy, got {policy!r} (observations have to be vectors)"
             )
-        check_number("success_bonus", success_bonus, above=0)
-        check_number("lambda_init", lambda_init, 0)
-        check_number("lambda_max", lambda_max, 1e-6, or_none=True)
+        check_policy(policy, TSACPolicy, self.policy_aliases)
+        success_bonus = check_number("success_bonus", success_bonus, above=0)
+        lambda_init = check_number("lambda_init", lambda_init, 0)
+        lambda_max = check_number("lambda_max", lambda_max, 1e-6, or_none=True)
         if lambda_max is not None and lambda_max < lambda_init:
             raise ValueError(f"lambda_max must be at least lambda_init={lambda_init} or None, got {lambda_max}")
-        check_number("lambda_learning_rate", lambda_learning_rate, 0)
-        check_choice("normalize_lagrange", normalize_lagrange, (True, False))
-        check_choice("entropy_in_target", entropy_in_target, (True, False))
-        check_number_or_auto("edit_target_entropy", edit_target_entropy)
+        lambda_learning_rate = check_number("lambda_learning_rate", lambda_learning_rate, 0)
+        check_flag("normalize_lagrange", normalize_lagrange)
+        check_flag("entropy_in_target", entropy_in_target)
+        edit_target_entropy = check_number_or_auto("edit_target_entropy", edit_target_entropy)
         if base == "paco" and n_heads != "shared":
             raise ValueError(f"n_heads must be 'shared' with base='paco', got {n_heads!r}")
         super().__init__(
@@ -218,8 +220,6 @@ class TSACSAC(MTSAC):
         )
         if isinstance(policy, str):
             self.policy_class = POLICIES[base]
-        if not issubclass(self.policy_class, TSACPolicy):
-            raise ValueError(f"policy must be a subclass of TSACPolicy or one of its names, got {self.policy_class.__name__}")
         self.base = base
         self.sparse_reward = sparse_reward
         self.success_bonus = success_bonus

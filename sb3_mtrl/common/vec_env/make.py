@@ -69,13 +69,16 @@ def make_multi_task_vec_env(
     :param restart_workers: Whether ``"shared"`` replaces a process that ended, does not reply or raised an exception, and goes
         on; None for its default, False: an error
     :return: The vector environment, in a :class:`VecTaskAssignment`
-    :raises ValueError: if ``n_envs`` is below 1, the id or the kind of vector environment is unknown, arguments exclude each
-        other, or the environment does not take tasks
+    :raises ValueError: if an argument is none of these, the id or the kind of vector environment is unknown, ``vec_env`` and
+        ``vec_env_cls`` are both given, arguments of the processes are given without ``"shared"``, or the environment does not
+        take tasks
+    :raises TypeError: if ``env_kwargs``, ``vec_env_kwargs``, ``monitor_kwargs`` or ``wrapper_kwargs`` name unknown arguments
+    :raises OSError: if ``monitor_dir`` cannot be made or written to
     """
-    check_integer("n_envs", n_envs, 1)
-    check_integer("seed", seed, 0, 2**32 - 1, or_none=True)
-    check_integer("start_index", start_index, 0)
-    check_integer("n_workers", n_workers, 1, or_none=True)
+    n_envs = check_integer("n_envs", n_envs, 1)
+    seed = check_integer("seed", seed, 0, 2**32 - 1, or_none=True)
+    start_index = check_integer("start_index", start_index, 0)
+    n_workers = check_integer("n_workers", n_workers, 1, or_none=True)
     for name, kwargs in (
         ("env_kwargs", env_kwargs),
         ("vec_env_kwargs", vec_env_kwargs),

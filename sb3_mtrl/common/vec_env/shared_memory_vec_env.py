@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env.patch_gym import _patch_env
 from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
 
 from sb3_mtrl.common.cpu_tuning import available_cores
-from sb3_mtrl.common.utils import check_choice, check_number
+from sb3_mtrl.common.utils import check_flag, check_number
 from sb3_mtrl.common.vec_env.state import get_env_state, set_env_state
 
 CLOSE_TIMEOUT = 10.0  # seconds that the workers have to close their environments
@@ -367,8 +367,8 @@ class SharedMemoryVecEnv(VecEnv):
         worker_timeout: float = WORKER_TIMEOUT,
         restart_workers: bool = False,
     ):
-        check_number("worker_timeout", worker_timeout, above=0, finite=False)
-        check_choice("restart_workers", restart_workers, (True, False))
+        worker_timeout = check_number("worker_timeout", worker_timeout, above=0, finite=False)
+        check_flag("restart_workers", restart_workers)
         self.assignment = self._check_assignment(len(env_fns), n_workers, assignment)
         self.worker_timeout = worker_timeout
         self.restart_workers = restart_workers

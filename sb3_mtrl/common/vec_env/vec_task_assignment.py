@@ -15,9 +15,9 @@ def split_tasks(num_tasks: int, n_envs: int, index: int) -> list[int]:
     :return: Its task ids
     :raises ValueError: if there is no task or no such sub-environment
     """
-    check_integer("num_tasks", num_tasks, 1)
-    check_integer("n_envs", n_envs, 1)
-    check_integer("index", index, 0, n_envs - 1)
+    num_tasks = check_integer("num_tasks", num_tasks, 1)
+    n_envs = check_integer("n_envs", n_envs, 1)
+    index = check_integer("index", index, 0, n_envs - 1)
     if n_envs >= num_tasks:
         return [index % num_tasks]
     return list(range(index, num_tasks, n_envs))

@@ -7,7 +7,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-from sb3_mtrl.common.utils import check_choice, check_number, finite_task_ids, get_num_tasks
+from sb3_mtrl.common.utils import check_flag, check_number, finite_task_ids, get_num_tasks
 
 
 class TaskMeanStd(RunningMeanStd):
@@ -128,11 +128,11 @@ class VecTaskNormalize(VecNormalize):
         norm_obs_keys: list[str] | None = None,
     ):
         for name, flag in (("training", training), ("norm_obs", norm_obs), ("norm_reward", norm_reward)):
-            check_choice(name, flag, (True, False))
-        check_number("clip_obs", clip_obs, above=0, finite=False)
-        check_number("clip_reward", clip_reward, above=0, finite=False)
-        check_number("gamma", gamma, 0, at_most=1)
-        check_number("epsilon", epsilon, above=0)
+            check_flag(name, flag)
+        clip_obs = check_number("clip_obs", clip_obs, above=0, finite=False)
+        clip_reward = check_number("clip_reward", clip_reward, above=0, finite=False)
+        gamma = check_number("gamma", gamma, 0, at_most=1)
+        epsilon = check_number("epsilon", epsilon, above=0)
         # 0 stands for an environment that names no tasks, and hence has no one-hot
         self.one_hot_dim = get_num_tasks(venv) if venv.has_attr("num_tasks") else 0
         self._check_one_hot(venv.observation_space)
