@@ -26,16 +26,19 @@ import torch as th
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
 from torch import nn
 
 from sb3_mtrl import CMTASAC, MTSAC, STARSSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
+from sb3_mtrl.common.callbacks import TaskSuccessCallback
 from sb3_mtrl.common.prioritized import TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.vec_env import VecTaskNormalize, make_multi_task_vec_env
-from sb3_mtrl.common.callbacks import TaskSuccessCallback
 from sb3_mtrl.zoo.algorithms import ALGORITHMS as ZOO_ALGORITHMS
+from sb3_mtrl.zoo.checks import check_hyperparams
 from sb3_mtrl.zoo.utils import hyperparams_path
 from tests.models import ALGORITHMS, NUM_TASKS, make_env
 from tests.test_properties import share_of_examples
@@ -206,14 +209,17 @@ def test_hyperparameter_files(algo, data):
     entry = {**content[data.draw(st.sampled_from(sorted(content)))], **SMALL, "n_timesteps": N_STEPS}
     entry.pop("monitor_kwargs", None)  # of the infos of Meta-World
     extra = ["normalize", "vec_env", "n_workers", "env_kwargs", "noise_type", "env_wrapper", "frame_stack"]
-    key = data.draw(st.sampled_from([*entry, *extra]))
+    key = data.draw(st.sampled_from([*entry, *extra, "batch_size_per_task"]))
     kind = data.draw(st.sampled_from(["remove", "replace", "replace", "misspell"]))
     names = [key]
+    if key == "batch_size_per_task":
+        del entry["batch_size"]
     if kind == "remove":
         entry.pop(key, None)
     elif kind == "replace":
         entry[key] = data.draw(st.sampled_from(YAML_VALUES))
-        names += entry[key] if isinstance(entry[key], dict) else re.findall(r"\w{2,}", str(entry[key]))
+        # The arguments in a dictionary, or in the code of one
+        names += entry[key] if isinstance(entry[key], dict) else re.findall(r"(\w+)=", str(entry[key]))
     else:
         names.append(misspell(key, data.draw(st.integers(0, 20))))
         entry[names[-1]] = entry.pop(key, 1)
@@ -221,11 +227,11 @@ def test_hyperparameter_files(algo, data):
         return  # many processes only take their time
     if is_number_above(entry.get("learning_rate"), 1):
         return  # a legal way to diverge
-    refuse_or_train_file(algo, {ENV_ID: entry}, [*names, "default"])
+    refuse_or_train_file(algo, {ENV_ID: entry}, names)
 
 
-def setup_file(folder: Path, algo: str, content: Any) -> tuple[Any, Any]:
-    """The manager and the model that a hyperparameter file makes."""
+def setup_file(folder: Path, algo: str, content: Any, **hyperparams: Any) -> tuple[Any, Any]:
+    """The manager and the model that a hyperparameter file, with what is given by ``-params``, makes."""
     path = folder / "hyperparams.yml"
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     importlib.import_module("tests.tiny_zoo_envs")
@@ -236,6 +242,7 @@ def setup_file(folder: Path, algo: str, content: Any) -> tuple[Any, Any]:
         str(folder),
         n_timesteps=N_STEPS,
         config=str(path),
+        hyperparams=hyperparams,
         eval_freq=-1,
         log_interval=-1,  # as rl_zoo3.train has it
         device="cpu",
@@ -300,27 +307,6 @@ def test_refused_at_construction(algorithm, kwargs, message):
         make_fuzzed(algorithm, **kwargs)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_numbers_of_numpy_are_numbers(algorithm, convert, tmp_path):
-    """Every integer argument, and some others."""
-    parameters = inspect.signature(algorithm).parameters.values()
-    names = [p.name for p in parameters if p.annotation is int or int in typing.get_args(p.annotation)]
-    integers = {name: convert(INTEGERS[name]) for name in names}
-    model = make_fuzzed(algorithm, learning_rate=np.float32(1e-3), tau=convert(1), target_entropy=convert(-2), **integers)
-    model.learn(N_STEPS, TaskSuccessCallback(convert(3)))
-    attributes = {**vars(model), "train_freq": model.train_freq.frequency, "stats_window_size": model._stats_window_size}
-    assert {name: type(attributes[name]) for name in names} == dict.fromkeys(names, int)
-    # NumPy's would have been pickled
-    model.save(tmp_path / "model.zip")
-    assert algorithm.load(tmp_path / "model.zip", safe=True, learning_rate=1e-3, device="cpu").seed == 1
-
-
-@pytest.mark.parametrize("convert", [np.int64, np.array])
-def test_numbers_of_numpy_are_numbers_of_buffers(convert):
-    names = ("performance_window", "rows_per_group", "min_rows_per_task", "num_tasks")
-    settings = dict(zip(names, map(convert, (3, 2, 2, NUM_TASKS)), strict=True))
-    model = make_fuzzed(MTSAC, replay_buffer_class=TaskPrioritizedReplayBuffer, replay_buffer_kwargs=settings)
-    model.learn(N_STEPS)
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -352,6 +338,20 @@ INTEGERS = dict(
     train_freq=2,
     gradient_steps=1,
     n_steps=1,
+    target_update_interval=1,
+    sde_sample_freq=-1,
+    num_tasks=NUM_TASKS,
+    stats_window_size=5,
+    verbose=0,
+    seed=1,
+    n_param_sets=2,
+    n_experts=2,
+    unique_dim=4,
+    performance_window=3,
+)
+
+
+@pytest.mark.parametrize("convert", [np.int64, np.array])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_numbers_of_numpy_are_numbers(algorithm, convert, tmp_path):
     """Every integer argument, and some others."""
@@ -374,20 +374,6 @@ def test_numbers_of_numpy_are_numbers_of_buffers(convert):
     model = make_fuzzed(MTSAC, replay_buffer_class=TaskPrioritizedReplayBuffer, replay_buffer_kwargs=settings)
     model.learn(N_STEPS)
     assert all(type(getattr(model.replay_buffer, name)) is int for name in names)
-    target_update_interval=1,
-    sde_sample_freq=-1,
-    num_tasks=NUM_TASKS,
-    stats_window_size=5,
-    verbose=0,
-    seed=1,
-    n_param_sets=2,
-    n_experts=2,
-    unique_dim=4,
-    performance_window=3,
-)
-
-
-@pytest.mark.parametrize("convert", [np.int64, np.array])
 
 
 @pytest.mark.parametrize(
@@ -398,14 +384,29 @@ def test_numbers_of_numpy_are_numbers_of_buffers(convert):
         ({"n_timesteps": "lots"}, "n_timesteps must be a number and above 0, got 'lots'"),
         ({"n_envs": 0}, "n_envs must be at least 1, got 0"),
         ({"learning_rate": "lin0.1"}, "learning_rate must be a number or 'lin_<number>', got 'lin0.1'"),
-        ({"batch_size_per_task": "8"}, "batch_size_per_task must be an integer and at least 1 or None, got '8'"),
+        (
+            {"batch_size": None, "batch_size_per_task": "8"},
+            "batch_size_per_task must be an integer and at least 1 or None, got '8'",
+        ),
         ({"policy_kwargs": "dict(net_arch=[8"}, "policy_kwargs must be Python code that RL Zoo can evaluate"),
+        ({"normalize": "dict("}, "normalize must be Python code that RL Zoo can evaluate"),
+        ({"policy_kwargs": "dict(net_arch=[1 // 0])"}, "policy_kwargs must be Python code that RL Zoo can evaluate: integer"),
+        ({"policy_kwargs": "dict(net_arch=[eight])"}, "policy_kwargs must be Python code that RL Zoo can evaluate: name"),
+        ({"batch_size_per_task": 8}, "only one of batch_size and batch_size_per_task must be given in the entry"),
+        ({"learning_rate": "lin_1_2"}, "learning_rate must be a number or 'lin_<number>', got 'lin_1_2'"),
+        ({"learning_rate": True}, "learning_rate must be a number and at least 0, got True"),
+        ({"noise_std": 0.1}, "noise_std must not be given without noise_type, got 0.1"),
+        ({"noise_type": None, "noise_std": 0.1}, "noise_type must be one of 'normal', 'ornstein-uhlenbeck', got None"),
+        ({"noise_type": "normal", "noise_std": [0.1, -0.1]}, "noise_std must be at least 0, got -0.1"),
+        ({"vec_env_wrapper": [None]}, "vec_env_wrapper must be names of classes, got None"),
+        ({"callback": ["sb3_mtrl.common.callbacks"]}, "callback must be names of classes, got 'sb3_mtrl.common.callbacks'"),
+        ({"tuning_objective": ["success_rate"]}, "tuning_objective must be one of 'success_rate', 'mean_reward', got ['"),
         ({"policy": "no.such.Policy"}, "policy must name classes that can be imported, got 'no.such.Policy'"),
         ({"callback": ["TaskSuccessCallback"]}, "callback must be names of classes with their module"),
         ({"callback": [{"a.B": {}, "c.D": {}}]}, "callback must be classes, each as 'name' or as 'name: {argument: value}'"),
         ({"vec_env_wrapper": "sb3_mtrl.NoSuchClass"}, "vec_env_wrapper must name classes that can be imported"),
-        ({"noise_type": "normal"}, "noise_std must be a number and at least 0, got None"),
-        ({"env_kwargs": None}, "env_kwargs must be of type dict, got None"),
+        ({"noise_type": "normal"}, "noise_std must be given with noise_type, got only noise_type='normal'"),
+        ({"env_kwargs": None}, "env_kwargs must be a mapping, got None"),
     ],
 )
 def test_refused_hyperparameters(changes, message, tmp_path):
@@ -425,3 +426,77 @@ def test_refused_hyperparameters(changes, message, tmp_path):
 def test_refused_hyperparameter_files(content, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         setup_file(tmp_path, "mtsac", content)
+
+
+FILE: dict[str, Any] = {"policy": "MlpPolicy", "n_timesteps": 50, **SMALL}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalize": None},
+        {"monitor_kwargs": None},
+        {"learning_rate": "linear_0.001"},
+        {"noise_type": "normal", "noise_std": [0.1, 0.2]},  # of the two actions
+        {"learning_starts": -1},
+        {"batch_size_per_task": None},
+        {"callback": None, "env_wrapper": None},
+    ],
+)
+def test_accepted_hyperparameters(changes, tmp_path):
+    manager, model = setup_file(tmp_path, "mtsac", {ENV_ID: {**FILE, **changes}})
+    manager.learn(model)
+    assert model.num_timesteps >= N_STEPS and model.batch_size == 12
+
+
+def test_the_batch_size_of_the_command_line_wins(tmp_path):
+    """The file names the one kind, the command line the other."""
+    assert setup_file(tmp_path, "mtsac", {ENV_ID: FILE}, batch_size_per_task=5)[1].batch_size == 5 * NUM_TASKS
+    per_task = {name: value for name, value in FILE.items() if name != "batch_size"} | {"batch_size_per_task": 8}
+    assert setup_file(tmp_path, "mtsac", {ENV_ID: per_task}, batch_size=18)[1].batch_size == 18
+    with pytest.raises(ValueError, match="only one of batch_size and batch_size_per_task must be given in -params, got"):
+        setup_file(tmp_path, "mtsac", {ENV_ID: FILE}, batch_size=12, batch_size_per_task=4)
+
+
+class BrokenCallback(BaseCallback):
+    def __init__(self) -> None:
+        raise NameError("no_such_sensor")
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_errors_of_callbacks_are_not_blamed_on_other_keys(tmp_path):
+    with pytest.raises(NameError, match="no_such_sensor"):
+        setup_file(tmp_path, "mtsac", {ENV_ID: {**FILE, "callback": ["tests.test_fuzz.BrokenCallback"]}})
+
+
+class OwnMTSAC(MTSAC):
+    """A subclass that takes an argument of its own, and passes on the others."""
+
+    def __init__(self, *args: Any, own_argument: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.own_argument = own_argument
+
+
+def test_arguments_of_a_plugged_in_subclass(tmp_path, monkeypatch):
+    monkeypatch.setitem(ALGOS, "mtsac", OwnMTSAC)
+    _, model = setup_file(tmp_path, "mtsac", {ENV_ID: {**FILE, "own_argument": 3, "tau": 0.1}})
+    assert (model.own_argument, model.tau) == (3, 0.1)
+    with pytest.raises(ValueError, match="'taus' is no hyperparameter of OwnMTSAC, did you mean 'tau'"):
+        setup_file(tmp_path, "mtsac", {ENV_ID: {**FILE, "taus": 0.1}})
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        # As RL Zoo has it: it takes classes for wrappers alone, and objects for callbacks alone
+        ("policy", "MlpPolicy", MTSAC.policy_aliases["MlpPolicy"]),
+        ("vec_env_wrapper", VecTaskNormalize, TaskSuccessCallback()),
+        ("callback", TaskSuccessCallback(), TaskSuccessCallback),
+    ],
+)
+def test_classes_and_objects_in_hyperparameters(key, good, bad):
+    check_hyperparams(MTSAC, {**FILE, key: good})
+    with pytest.raises(ValueError, match=f"{key} must be .*name"):
+        check_hyperparams(MTSAC, {**FILE, key: bad})

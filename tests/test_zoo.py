@@ -413,7 +413,7 @@ def test_random_baseline_in_the_table(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     # Steps 40 (at 39: 13 vector steps of 3) and not 60: the table is of a new evaluation, of the final agent
     assert re.search(r"\| +after 60 steps +\| random policy", output)
-    with pytest.raises(ValueError, match="tuning_objective must be one of success_rate, mean_reward, got 'speed'"):
+    with pytest.raises(ValueError, match="tuning_objective must be one of 'success_rate', 'mean_reward', got 'speed'"):
         zoo_train("--algo", "mtsac", *TINY_ENV, "-n", "60", "-params", "tuning_objective:'speed'")
 
 

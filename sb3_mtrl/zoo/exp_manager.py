@@ -32,6 +32,7 @@ failed by the others, and ``--max-total-trials`` counts each trial once.
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,7 +53,7 @@ from sb3_mtrl.common.evaluation import MultiTaskEvaluation, RandomPolicy, evalua
 from sb3_mtrl.common.vec_env import VecTaskNormalize, preload_worker_imports
 from sb3_mtrl.common.vec_env.make import add_worker_arguments, resolve_vec_env
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
-from sb3_mtrl.zoo.checks import check_config_file, check_hyperparams
+from sb3_mtrl.zoo.checks import CODE_KEYS, TUNING_OBJECTIVES, check_batch_size, check_config_file, check_hyperparams
 from sb3_mtrl.zoo.trials import fail_lost_trials, is_surplus, note_process, open_storage
 from sb3_mtrl.zoo.utils import ARGUMENTS_FILE, CHECKPOINT_FOLDER, TASK_ASSIGNMENT, hyperparams_path
 
@@ -62,9 +63,6 @@ else:
     # The mixin is put before RL Zoo's class when that one was loaded, see sb3_mtrl.zoo.patches
     ExperimentManager = object
 
-# What RL Zoo evaluates where it is a string
-CODE_KEYS = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "monitor_kwargs", "normalize")
-TUNING_OBJECTIVES = ("success_rate", "mean_reward")
 WORKER_ARGUMENTS = ("n_workers", "worker_timeout", "restart_workers")
 
 
@@ -134,7 +132,8 @@ class MultiTaskExperimentMixin(ExperimentManager):
                 trial.update(self.custom_hyperparams or {})
                 hyperparams.update(trial)
                 saved_hyperparams.update(trial)
-            check_hyperparams(ALGORITHMS[self.algo].algorithm_class, hyperparams)
+            check_batch_size("-params", self.custom_hyperparams or {})
+            check_hyperparams(ALGOS[self.algo], hyperparams)
             shares_tasks = self._probe_env(hyperparams.get("env_kwargs") or self.env_kwargs)
             if shares_tasks and "vec_env_wrapper" not in hyperparams:
                 # Into the saved ones, too: enjoy reads them
@@ -167,15 +166,16 @@ class MultiTaskExperimentMixin(ExperimentManager):
         if not self.is_multi_task_algorithm:
             return super()._preprocess_hyperparams(hyperparams)
         self.tuning_objective = hyperparams.pop("tuning_objective", self.tuning_objective)
-        if self.tuning_objective not in TUNING_OBJECTIVES:
-            raise ValueError(f"tuning_objective must be one of {', '.join(TUNING_OBJECTIVES)}, got {self.tuning_objective!r}")
         self.random_baseline = hyperparams.pop("random_baseline", self.random_baseline)
         worker_arguments = {name: hyperparams.pop(name, None) for name in WORKER_ARGUMENTS}
         self._choose_vec_env(hyperparams.pop("vec_env", None), **worker_arguments)
         code = [key for key in CODE_KEYS if isinstance(hyperparams.get(key), str)]
         try:
             processed = super()._preprocess_hyperparams(hyperparams)
-        except (SyntaxError, NameError, AttributeError) as error:
+        except Exception as error:
+            # The code of a string is in no file. Other errors, e.g. of a callback's constructor, speak for themselves
+            if not code or traceback.extract_tb(error.__traceback__)[-1].filename != "<string>":
+                raise
             raise ValueError(f"{' and '.join(code)} must be Python code that RL Zoo can evaluate: {error}") from error
         # RL Zoo settles this before it reads the file
         self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}
@@ -207,8 +207,9 @@ class MultiTaskExperimentMixin(ExperimentManager):
     def _resolve_num_tasks(self, hyperparams: dict[str, Any]) -> dict[str, Any]:
         """Replace what is given per task or as "num_tasks" by the number it means for this environment."""
         resolved = {key: self.num_tasks if value == "num_tasks" else value for key, value in hyperparams.items()}
-        if "batch_size_per_task" in resolved:
-            resolved["batch_size"] = resolved.pop("batch_size_per_task") * self.num_tasks
+        batch_size_per_task = resolved.pop("batch_size_per_task", None)
+        if batch_size_per_task is not None:
+            resolved["batch_size"] = batch_size_per_task * self.num_tasks
         return resolved
 
     # ------------------------------------------------------------- environments
