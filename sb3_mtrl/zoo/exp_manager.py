@@ -216,7 +216,7 @@ class MultiTaskExperimentMixin(ExperimentManager):
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         if self.resume_folder is not None:
-            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}  # its files go on
+            self.monitor_kwargs = {**(self.monitor_kwargs or {}), "override_existing": False}  # its files go on
         env = super().create_envs(n_envs, eval_env, no_log)
         if self.is_multi_task_algorithm and eval_env:
             env.seed(DEFAULT_EVAL_SEED)
