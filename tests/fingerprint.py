@@ -28,6 +28,7 @@ NOT_COMPARED = {
     *("locals", "globals", "model", "parent", "policy_class", "replay_buffer_class", "batch_norm_stats_target"),
     *("_spoilt_rows", "_rollout_rewards"),  # of one update, which sets them first
     "timesteps",  # of the callback that ends a training
+    "plain_settings",  # what `save` writes of the model beside its attributes
 }
 # Without a state, or one that is compared by itself
 NO_STATE = (
