@@ -1,9 +1,11 @@
 """Loading without unpickling: the same policy, nothing that a file's author could run, and names of what is refused."""
 
 import base64
+import importlib
 import io
 import json
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -145,10 +147,99 @@ def test_tensors_that_are_no_tensors_are_refused(tmp_path):
             make_model().set_parameters(path)
 
 
-def test_names_of_methods_are_refused(tmp_path):
+@pytest.fixture
+def bomb_module(tmp_path, monkeypatch):
+    """Name of a module whose import leaves a file behind, which this makes sure of at the end."""
+    mark = tmp_path / "imported"
+    (tmp_path / "bomb_module.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "bomb_module"
+    assert not mark.exists() and "bomb_module" not in sys.modules
+    importlib.import_module("bomb_module")
+    assert mark.exists()
+    del sys.modules["bomb_module"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("env", "eval_env", "_logger", "logger", "replay_buffer", "_vec_normalize_env", "rollout_buffer_class", "device"),
+        *("actor", "policy", "policy_aliases", "predict", "__class__", "__dict__", "something_new"),
+    ],
+)
+def test_plain_names_that_models_do_not_save_are_refused(name, bomb_module, tmp_path):
     make_model().save(tmp_path / "model.zip")
-    with pytest.raises(ValueError, match="refused predict"):
-        MTSAC.load(changed(tmp_path / "model.zip", {"predict": 3}), safe=True)
+    for value in (f"{bomb_module}:Foo-v0", f"{bomb_module}.Foo", 3, {"class": f"{bomb_module}.Foo"}):
+        with pytest.raises(ValueError, match=f"refused {name} of .*changed.zip"):
+            MTSAC.load(changed(tmp_path / "model.zip", {name: value}), safe=True)
+
+
+def test_a_plain_name_of_an_environment_runs_code_without_safe(tmp_path, monkeypatch):
+    """So that the test above refuses what is dangerous."""
+    make_model().save(tmp_path / "model.zip")
+    (tmp_path / "live_bomb_module.py").write_text("raise InterruptedError('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InterruptedError, match="imported"):
+        MTSAC.load(changed(tmp_path / "model.zip", {"env": "live_bomb_module:Foo-v0"}))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_plain_string_of_a_file_is_imported(algorithm, bomb_module, tmp_path):
+    """In the place of each entry of a file: replaced by a value made here, or refused."""
+    make_model(algorithm).save(tmp_path / "model.zip")
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        names = list(json.loads(archive.read("data")))
+    replaced = []
+    for name in names:
+        path = changed(tmp_path / "model.zip", {name: f"{bomb_module}:Foo-v0"})
+        try:
+            loaded = algorithm.load(path, env=make_env(), safe=True)
+        except ValueError as error:
+            assert name in str(error)
+        else:
+            assert bomb_module not in str(getattr(loaded, name))
+            replaced.append(name)
+    assert {"tensorboard_log", "lr_schedule", "policy_class", "observation_space", "train_freq"} <= set(replaced)
+    assert not {"n_heads", "policy_kwargs", "replay_buffer_kwargs", "task_names", "seed", "gamma"} & set(replaced)
+
+
+def test_where_to_log_is_not_for_the_file_to_say(tmp_path):
+    make_model(tensorboard_log=str(tmp_path / "of the file")).save(tmp_path / "model.zip")
+    assert MTSAC.load(tmp_path / "model.zip", safe=True).tensorboard_log is None
+    own = str(tmp_path / "own")
+    assert MTSAC.load(tmp_path / "model.zip", safe=True, tensorboard_log=own).tensorboard_log == own
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("on_nonfinite", "ignore"), ("gamma", "0.9"), ("n_envs", 0), ("num_timesteps", float("nan")), ("task_names", [1])],
+)
+def test_plain_values_that_no_model_has_are_refused(name, value, tmp_path):
+    make_model().save(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match=f"changed.zip: .*{name} must be"):
+        MTSAC.load(changed(tmp_path / "model.zip", {name: value}), safe=True)
+
+
+BOX = {"shape": [7], "dtype": "float32", "low": -1.0, "high": 1.0}
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {"observation_space": value}
+        for value in (
+            *(3, "Box", [], {}, {"dict": 3}, {"dict": {"a": None}}),
+            *({**BOX, "shape": "ab"}, {**BOX, "shape": [-1]}, {**BOX, "dtype": "no_type"}, {**BOX, "dtype": "O"}),
+            *({**BOX, "low": "a"}, {**BOX, "low": [1, 2]}, {**BOX, "dtype": None}),
+        )
+    ]
+    + [{"train_freq": value} for value in (3, [1], [1, "year"], ["a", "step"], [0, "step"], {"a": 1})]
+    + [{"policy_class": ["MlpPolicy"]}, {"replay_buffer_class": {}}],
+)
+def test_malformed_descriptions_name_the_file(plain, tmp_path):
+    make_model().save(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match=r"safe=True .* of .*changed.zip"):
+        MTSAC.load(changed(tmp_path / "model.zip", {"plain_settings": plain}), safe=True)
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -2,12 +2,16 @@
 Reading SB3's model files without unpickling anything: weights and plain numbers only.
 
 An SB3 zip holds a JSON text and tensors. What JSON cannot express (classes, spaces, schedules, the last observation) stands in
-it as a pickle, and unpickling a file means to run what its author put there. The tensors are read by torch with
+it as a pickle, and unpickling a file means to run what its author put there. Plain text is no safer by itself: SB3 makes an
+environment of the string ``env``, and Gymnasium imports the module that such a string names. So a name counts only if a model
+of this version has it plain, with a value that the algorithm accepts as an argument. The tensors are read by torch with
 ``weights_only=True`` in any case.
 """
 
+import inspect
 import io
 import json
+import math
 import pathlib
 import pickle
 import warnings
@@ -20,6 +24,10 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
+from sb3_mtrl.common.utils import check_integer, check_that
+
+# What the wrong types, keys or sizes in plain values raise, in NumPy, Gymnasium and here
+MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 # Entry of the JSON with plain descriptions of what SB3 would pickle
 PLAIN = "plain_settings"
 # What training leaves behind. A model that is loaded safely starts without it.
@@ -29,6 +37,15 @@ RUN_STATE = (
 )
 # The same, as numbers of each task: (2, T)
 RUN_SUMS = ("_fresh_rewards", "_logged_success")
+# Entries whose value is never the file's: made anew, or, as a folder to write to, for the user to choose
+MADE_ANEW = ("lr_schedule", "action_noise", "tensorboard_log", "batch_norm_stats", "batch_norm_stats_target")
+# Arguments of the algorithms that no plain value stands for
+NOT_PLAIN = ("policy", "env", "device", "train_freq", "replay_buffer_class", *MADE_ANEW)
+# Plain numbers that training keeps, or that are safe with any value
+NUMBERS = (
+    *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "start_time", "_episode_num", "n_envs", "_n_updates"),
+    *("_current_progress_remaining", "_stats_window_size", "verbose"),
+)
 # What files are damaged in, see zipfile, json and torch
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, UnicodeDecodeError, pickle.UnpicklingError)
 
@@ -59,6 +76,7 @@ def space_from_plain(plain: Mapping[str, Any]) -> spaces.Space:
     if "dict" in plain:
         return spaces.Dict({key: space_from_plain(part) for key, part in plain["dict"].items()})
     shape, dtype = tuple(plain["shape"]), np.dtype(plain["dtype"])
+    check_that("the dtype of a space", plain["dtype"], dtype.kind in "biuf", "a number type")
     low, high = (np.broadcast_to(np.asarray(plain[name], dtype=dtype), shape) for name in ("low", "high"))
     return spaces.Box(low, high, shape, dtype.type)  # type: ignore[arg-type]
 
@@ -92,7 +110,8 @@ def replace_pickles(
     env_spaces: Mapping[str, spaces.Space],
 ) -> dict[str, Any]:
     """
-    Find a value for everything that a model file holds as a pickle, without reading the pickles.
+    Find a value for everything that a model file holds as a pickle, without reading the pickles, and check what it holds as
+    plain text.
 
     :param path: The file's name, for messages
     :param content: The file
@@ -100,33 +119,68 @@ def replace_pickles(
     :param given: Values by name, which win
     :param env_spaces: Spaces for files that describe none
     :return: What SB3's ``load`` takes as ``custom_objects``: with them it unpickles nothing
-    :raises ValueError: if the file is damaged, or something in it can neither be rebuilt nor left out
+    :raises ValueError: if the file is damaged, something in it can neither be rebuilt nor left out, or has a value that no
+        model has
     """
     try:
         with zipfile.ZipFile(content) as archive:
-            data = json.loads(archive.read("data").decode())
-    except (*DAMAGE, json.JSONDecodeError) as error:
+            data = dict(json.loads(archive.read("data").decode()))
+    except (*DAMAGE, TypeError, ValueError) as error:
         raise ValueError(f"path must name a whole model file, got {path}, which is damaged: {error}") from error
     finally:
         content.seek(0)
-    # Plain, but in the place of a method it would be no data
-    methods = sorted(name for name in data if callable(getattr(algorithm_class, name, None)))
     pickles = {name for name, value in data.items() if isinstance(value, dict) and ":serialized:" in value}
-    values: dict[str, Any] = {"lr_schedule": None, "action_noise": None} | dict.fromkeys(RUN_STATE)  # SB3 makes them anew
-    values |= {name: np.zeros((2, int(data.get("num_tasks", 1)))) for name in RUN_SUMS}
-    values |= env_spaces
-    values |= _from_plain(data.get(PLAIN) if PLAIN not in pickles else None, algorithm_class)
+    plain = {name: value for name, value in data.items() if name not in pickles and name not in given}
+    values: dict[str, Any] = dict.fromkeys((*MADE_ANEW, *RUN_STATE)) | dict(env_spaces)
+    try:
+        values |= _from_plain(plain.get(PLAIN), algorithm_class)
+        refused = _check_plain({name: value for name, value in plain.items() if name not in values}, algorithm_class)
+        values |= {name: np.zeros((2, int(data.get("num_tasks", 1)))) for name in RUN_SUMS}
+    except MALFORMED as error:
+        raise ValueError(f"safe=True reads values that a model can have and refused some of {path}: {error!r}") from error
     values |= given
-    refused = sorted(name for name in pickles if name not in values) + methods
+    refused = sorted(name for name in {*pickles, *refused} if name not in values)
     if refused:
         raise ValueError(
-            f"safe=True reads weights and numbers only and refused {', '.join(refused)} of {path}: pickles, or names of "
-            "methods. Pass values for them as arguments of load (observation_space and action_space also come with env), "
-            "or, if you trust the file, safe=False"
+            f"safe=True reads weights and numbers only and refused {', '.join(refused)} of {path}: pickles, or names that "
+            f"{algorithm_class.__name__} does not save as plain values. Pass values for them as arguments of load "
+            "(observation_space and action_space also come with env), or, if you trust the file, safe=False"
         )
     if "action_noise" in pickles and "action_noise" not in given:
         warnings.warn("safe=True left out the action noise of the model: pass action_noise to train on", stacklevel=3)
-    return {name: values[name] for name in pickles} | {name: value for name, value in given.items() if name in data}
+    return {name: values[name] for name in data if name in values}
+
+
+def _check_plain(plain: Mapping[str, Any], algorithm_class: Any) -> list[str]:
+    """
+    Check plain entries, the arguments among them by the constructor of the algorithm.
+
+    :return: Names that no model has as plain values
+    :raises ValueError: for a value that no model has
+    """
+    arguments = {
+        name: plain[name]
+        for name in inspect.signature(algorithm_class).parameters
+        if name in plain and name not in NOT_PLAIN and not name.startswith("_")
+    }
+    for name, value in plain.items():
+        if name in NUMBERS and (not isinstance(value, (int, float)) or not math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+    check_that(PLAIN, plain.get(PLAIN), isinstance(plain.get(PLAIN), (dict, type(None))), "descriptions by name")
+    check_integer("n_envs", plain.get("n_envs", 1), 1)
+    task_names = plain.get("task_names", [])
+    is_names = isinstance(task_names, list) and all(isinstance(task_name, str) for task_name in task_names)
+    check_that("task_names", task_names, is_names, "a list of names")
+    policy = next(iter(algorithm_class.policy_aliases))
+    # Without `_setup_model` this makes no network
+    model = algorithm_class(policy, None, device="cpu", _init_setup_model=False, **{**arguments, "verbose": 0})
+    known = (*arguments, *NUMBERS, "task_names", PLAIN)
+    # Arguments that a subclass settles have the values it gives them
+    return [name for name in plain if name not in known and not _is_same_scalar(vars(model).get(name), plain[name])]
+
+
+def _is_same_scalar(own: Any, value: Any) -> bool:
+    return isinstance(own, (str, int, float)) and type(own) is type(value) and own == value
 
 
 def _from_plain(plain: Any, algorithm_class: Any) -> dict[str, Any]:
@@ -139,6 +193,7 @@ def _from_plain(plain: Any, algorithm_class: Any) -> dict[str, Any]:
             values[name] = space_from_plain(plain[name])
     if plain.get("train_freq") is not None:
         frequency, unit = plain["train_freq"]
+        check_integer("train_freq", frequency, 1)
         values["train_freq"] = TrainFreq(int(frequency), TrainFrequencyUnit(unit))
     for name, known in algorithm_class.plain_classes().items():
         if plain.get(name) in known:
