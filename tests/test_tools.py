@@ -108,6 +108,26 @@ def test_evaluate_without_unpickling(
     assert f"refused {config}" in capsys.readouterr().err and not touched.exists()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[1, 2]", "just text", "env_kwargs: text", "env_kwargs: [1]", "a: !!timestamp x", "a: !!int x", "a: !!bool x"),
+        *("a: !!int ''", "{[1]: 2}", "a: [", "a: !!python/tuple 3", "a: !!python/object/apply:builtins.print [1]"),
+        *(
+            f"!!python/object/apply:collections.OrderedDict {pairs}"
+            for pairs in ("[1, 2]", "[1]", "[[1]]", "[[[[1], 2]]]", "{}")
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.yml", "args.yml"])
+def test_malformed_settings_name_the_file(name: str, text: str, tmp_path: Path) -> None:
+    settings = tmp_path / ENV_ID
+    settings.mkdir()
+    (settings / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"--safe reads plain values only and refused {settings / name}: "):
+        TrainedRun("mtsac", ENV_ID, 1, tmp_path, tmp_path / "model.zip", safe=True).env_kwargs  # noqa: B018
+
+
 def test_evaluate_several_experiments(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command(sb3_mtrl.evaluate, "mtsac", logs, "--exp-id", "1", "2", "--episodes-per-task", "2", "--n-envs", "2")
     assert "2 runs" in capsys.readouterr().out

@@ -15,6 +15,8 @@ from rl_zoo3.utils import EnvironmentName
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
+from sb3_mtrl.common.safe_load import MALFORMED
+from sb3_mtrl.common.utils import check_that
 from sb3_mtrl.common.vec_env import preload_worker_imports
 from sb3_mtrl.envs import MetaWorldMultiTaskEnv
 from sb3_mtrl.zoo import register
@@ -297,8 +299,12 @@ def _read_yaml(path: Path, safe: bool) -> dict[str, Any]:
         return {}
     if safe:
         try:
-            return dict(yaml.load(path.read_text(), Loader=PlainLoader) or {})
-        except yaml.YAMLError as error:
+            settings = dict(yaml.load(path.read_text(), Loader=PlainLoader) or {})
+            check_that(
+                "env_kwargs", settings.get("env_kwargs"), isinstance(settings.get("env_kwargs") or {}, dict), "a mapping"
+            )
+            return settings
+        except (yaml.YAMLError, *MALFORMED) as error:
             raise ValueError(f"--safe reads plain values only and refused {path}: {error}") from error
     # RL Zoo saves ordered dictionaries, which are Python objects; models are pickles anyway
     return dict(yaml.load(path.read_text(), Loader=yaml.UnsafeLoader) or {})
