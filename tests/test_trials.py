@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 import sb3_mtrl.zoo
@@ -94,9 +96,10 @@ def start_process() -> Iterator[Any]:
     """Starts RL Zoo's literal command for a study, and ends it if it has not ended."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(storage: str, name: str, folder: Path, n_timesteps: int) -> subprocess.Popen[str]:
+    def start(storage: str, name: str, folder: Path, n_timesteps: int, *env: str) -> subprocess.Popen[str]:
         arguments = (
-            *("--algo", "mtsac", "--env", "PointTasks-v0", "--gym-packages", "tests.tiny_zoo_envs", "-n", str(n_timesteps)),
+            *("--algo", "mtsac", "--gym-packages", "tests.tiny_zoo_envs", "-n", str(n_timesteps)),
+            *(env or ("--env", "PointTasks-v0")),
             *("-optimize", "--storage", storage, "--study-name", name, "--max-total-trials", "3", "--no-optim-plots"),
             *("-params", "policy_kwargs:dict(net_arch=[8])", "batch_size:12", "learning_starts:10"),
         )
@@ -122,10 +125,14 @@ def test_a_killed_process_costs_its_trial_only(storage: str, tmp_path: Path, sta
     victim = start_process(storage, "killed", tmp_path, n_timesteps=10_000_000)
     wait_for(lambda: study.trials and study.trials[0].user_attrs.get(PROCESS))
     assert study.trials[0].user_attrs[PROCESS]["pid"] == victim.pid
-    survivor = start_process(storage, "killed", tmp_path, n_timesteps=200)
+    # The survivor must not finish before the kill: two short trials and the running one would be all three
+    release = tmp_path / "release"
+    held_env = ("--env", "HeldPointTasks-v0", "--env-kwargs", f"release:{str(release)!r}")
+    survivor = start_process(storage, "killed", tmp_path, 200, *held_env)
     wait_for(lambda: len(study.trials) > 1)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
+    release.touch()
     output, _ = survivor.communicate(timeout=300)
     assert survivor.returncode == 0, output[-3000:]
 
@@ -156,6 +163,63 @@ def test_only_trials_whose_process_is_known_to_be_gone_are_failed(storage: str) 
     assert running == [own.number, elsewhere.number, untold.number]
     study.tell(own, 1.0)
     assert study.best_trial.number == own.number
+
+
+@pytest.mark.parametrize(("start", "is_gone"), [(None, False), ("", True), ("5", False), ("6", True)])
+@pytest.mark.parametrize("kill_error", [None, PermissionError])
+def test_what_cannot_be_read_is_not_taken_for_gone(
+    start: str | None, is_gone: bool, kill_error: type[OSError] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None: the system hides when the process was started; "": it has ended, but its parent has not asked for it yet."""
+
+    def kill(pid: int, signal_number: int) -> None:
+        assert signal_number == 0
+        if kill_error is not None:
+            raise kill_error
+
+    monkeypatch.setattr(os, "kill", kill)
+    monkeypatch.setattr(trials, "_start_of", lambda pid: start)
+    assert trials._is_gone(1, "5") is is_gone
+
+
+def test_processes_that_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = trials._start_of(process.pid)
+    assert started and not trials._is_gone(process.pid, started)
+    process.stdin.close()  # type: ignore[union-attr]
+    wait_for(lambda: trials._is_gone(process.pid, started))  # a zombie
+    process.wait()
+    monkeypatch.setattr(trials, "_start_of", lambda pid: None)
+    assert trials._is_gone(process.pid, started)
+
+
+def test_a_heartbeat_waits_for_a_locked_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "HEARTBEAT_TRIES", 2)
+    study = open_study(f"sqlite:///{tmp_path / 'study.db'}?timeout=0.1", "locked")
+    trial = study.ask()
+    lock = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    with pytest.warns(UserWarning, match="heartbeat could not be written.*locked"):
+        study._storage.record_heartbeat(trial._trial_id)
+    lock.execute("ROLLBACK")
+    study._storage.record_heartbeat(trial._trial_id)
+    assert lock.execute("SELECT count(*) FROM trial_heartbeats").fetchone() == (1,)
+    lock.close()
+
+
+def test_a_stopped_process_keeps_its_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heartbeat that is long past means nothing where the process is seen to live."""
+    monkeypatch.setattr(trials, "HEARTBEAT_INTERVAL", 1)
+    study = open_study(f"sqlite:///{tmp_path / 'study.db'}", "stopped")
+    own, elsewhere = study.ask(), study.ask()
+    for trial in (own, elsewhere):
+        note_process(trial)
+        study._storage.record_heartbeat(trial._trial_id)
+    elsewhere.set_user_attr(PROCESS, {**study.trials[own.number].user_attrs[PROCESS], "machine": "another"})
+    time.sleep(4.1)  # longer than twice the interval; SQLite's clock has whole seconds
+    fail_lost_trials(study)
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING, TrialState.FAIL]
+    study.tell(own, 1.0)
 
 
 def test_the_number_of_a_trial_decides_who_is_one_too_many(storage: str) -> None:
@@ -229,3 +293,25 @@ def test_a_trial_that_is_one_too_many_is_not_run(storage: str, tmp_path: Path) -
     study.optimize(manager.objective, n_trials=5)
     assert manager.objectives == []
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING, TrialState.FAIL]
+
+
+def test_a_storage_out_of_reach_does_not_cost_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(study: optuna.Study) -> None:
+        raise StorageInternalError("out of reach")
+
+    storage = str(tmp_path / "study.log")
+    study = open_study(storage, "out-of-reach")
+    manager = make_manager(storage, tmp_path, n_trials=1)
+    monkeypatch.setattr(trials, "fail_lost_trials", fail)
+    with pytest.warns(UserWarning, match="could not look for trials.*out of reach") as warned:
+        study.optimize(manager.objective, n_trials=2)
+    assert len([warning for warning in warned if "out of reach" in str(warning.message)]) == 4
+    assert [trial.value for trial in study.trials] == [0.0, 1.0]
+
+    def prune(trial: optuna.Trial) -> float:
+        raise optuna.TrialPruned
+
+    manager._run_trial = prune
+    with pytest.warns(UserWarning, match="out of reach"):
+        study.optimize(manager.objective, n_trials=1)
+    assert study.trials[-1].state == TrialState.PRUNED

@@ -54,7 +54,7 @@ from sb3_mtrl.common.vec_env import VecTaskNormalize, preload_worker_imports
 from sb3_mtrl.common.vec_env.make import add_worker_arguments, resolve_vec_env
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.checks import CODE_KEYS, TUNING_OBJECTIVES, check_batch_size, check_config_file, check_hyperparams
-from sb3_mtrl.zoo.trials import fail_lost_trials, is_surplus, note_process, open_storage
+from sb3_mtrl.zoo.trials import fail_lost_trials, is_surplus, note_process, open_storage, try_to_fail_lost_trials
 from sb3_mtrl.zoo.utils import ARGUMENTS_FILE, CHECKPOINT_FOLDER, TASK_ASSIGNMENT, hyperparams_path
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ class MultiTaskExperimentMixin(ExperimentManager):
         if not self.is_multi_task_algorithm:
             return super().objective(trial)
         note_process(trial)
-        fail_lost_trials(trial.study)
+        try_to_fail_lost_trials(trial.study)
         if self.max_total_trials is not None and is_surplus(trial, self.max_total_trials):
             print(f"Trial {trial.number} is left out: the study has its {self.max_total_trials} trials")
             trial.study.stop()
@@ -343,7 +343,7 @@ class MultiTaskExperimentMixin(ExperimentManager):
             return self._run_trial(trial)
         finally:
             # Before RL Zoo counts the trials of the study, to decide whether to go on
-            fail_lost_trials(trial.study)
+            try_to_fail_lost_trials(trial.study)
 
     def _run_trial(self, trial: optuna.Trial) -> float:
         sampled_hyperparams = HYPERPARAMS_SAMPLER[self.algo](

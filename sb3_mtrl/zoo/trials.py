@@ -11,13 +11,14 @@ import contextlib
 import os
 import socket
 import subprocess
+import time
 import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -26,6 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 PROCESS = "process"
 # Seconds; a trial is stale after twice as long
 HEARTBEAT_INTERVAL = 60
+# How often a heartbeat is tried, a second apart
+HEARTBEAT_TRIES = 3
 # Those that RL Zoo counts towards --max-total-trials
 COUNTED_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
@@ -41,6 +44,29 @@ class HeartbeatStorage(optuna.storages.RDBStorage):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             super().__init__(url, heartbeat_interval=HEARTBEAT_INTERVAL)
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """
+        Write down that a trial still runs. A database that is locked or away for a while must not end the thread that does
+        this: the next heartbeat may find it again.
+
+        :param trial_id: Id of the trial
+        """
+        for tries_left in reversed(range(HEARTBEAT_TRIES)):
+            try:
+                return super().record_heartbeat(trial_id)
+            except StorageInternalError as error:
+                if tries_left:
+                    time.sleep(1)
+                else:
+                    warnings.warn(f"a heartbeat could not be written: {error.__cause__ or error}", stacklevel=2)
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        """
+        Trials without heartbeat. A process of this machine that lives may have been stopped, or kept from the database: its
+        trial goes on.
+        """
+        return [trial_id for trial_id in super()._get_stale_trial_ids(study_id) if not _runs_here(self.get_trial(trial_id))]
 
     def endswith(self, suffix: str) -> bool:
         """
@@ -73,14 +99,36 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process was started, in the system's own terms; None if it is no more."""
+    """When a process was started, in the system's own terms; "" if it has ended; None if the system does not tell."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in ("Z", "X") else fields[19]
+        return "" if fields[0] in ("Z", "X") else fields[19]
     if Path("/proc/self/stat").exists():
-        return None
-    started = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        return None  # hidden (mount option hidepid)
+    # The same text in every process
+    env = {**os.environ, "LC_ALL": "C", "TZ": "UTC"}
+    started = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False, env=env)
     return started.stdout.strip() or None
+
+
+def _is_gone(pid: int, started: str | None) -> bool:
+    """Whether it is certain that a process of this machine has ended."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # somebody else's: it lives, or its number went to another process
+    start = _start_of(pid)
+    return start is not None and started is not None and start != started
+
+
+def _is_of_this_machine(trial: FrozenTrial) -> bool:
+    return trial.user_attrs.get(PROCESS, {}).get("machine") == _machine()
+
+
+def _runs_here(trial: FrozenTrial) -> bool:
+    return _is_of_this_machine(trial) and not is_lost(trial)
 
 
 def note_process(trial: optuna.Trial) -> None:
@@ -97,8 +145,10 @@ def is_lost(trial: FrozenTrial) -> bool:
     :param trial: A running trial
     :return: Whether it is known that its process is no more
     """
-    process = trial.user_attrs.get(PROCESS)
-    return process is not None and process["machine"] == _machine() and _start_of(process["pid"]) != process["started"]
+    if not _is_of_this_machine(trial):
+        return False
+    process = trial.user_attrs[PROCESS]
+    return _is_gone(process["pid"], process["started"])
 
 
 def fail_lost_trials(study: optuna.Study) -> list[int]:
@@ -118,6 +168,19 @@ def fail_lost_trials(study: optuna.Study) -> list[int]:
         warnings.simplefilter("ignore", ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
     return failed
+
+
+def try_to_fail_lost_trials(study: optuna.Study) -> None:
+    """
+    ``fail_lost_trials`` for the middle of a trial, whose result matters more than what became of others: a storage that
+    cannot be reached is a warning.
+
+    :param study: The study
+    """
+    try:
+        fail_lost_trials(study)
+    except (StorageInternalError, OSError) as error:
+        warnings.warn(f"could not look for trials whose process is gone: {error.__cause__ or error}", stacklevel=2)
 
 
 def is_surplus(trial: optuna.Trial, max_total_trials: int) -> bool:
