@@ -17,7 +17,7 @@ from stable_baselines3.common.monitor import Monitor
 
 from sb3_mtrl import MTSAC, TSACSAC
 from sb3_mtrl.common.evaluation import RandomPolicy, evaluate_multi_task_policy
-from sb3_mtrl.common.vec_env import SharedMemoryVecEnv, VecTaskAssignment, make_multi_task_vec_env
+from sb3_mtrl.common.vec_env import SharedMemoryVecEnv, VecTaskAssignment, VecTaskNormalize, make_multi_task_vec_env
 from tests.models import make_model
 from tests.test_shared_memory_vec_env import is_running, nothing_is_left_behind
 from tests.tiny_envs import PointTasksEnv
@@ -27,6 +27,7 @@ __all__ = ["nothing_is_left_behind"]  # a fixture that is used by itself
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 FAULT_STEP = 3
+TIMEOUT = 3  # seconds, which a replacement has for its start as well
 
 
 class FaultyTasksEnv(PointTasksEnv):
@@ -73,13 +74,19 @@ def make_faulty(tmp_path):
             path = None if monitor_dir is None else str(monitor_dir / str(index))
             return Monitor(FaultyTasksEnv(fault, file), path)
 
-        settings = {"n_workers": 2, "start_method": "fork", "worker_timeout": 0.5, **kwargs}
+        settings = {"n_workers": 2, "start_method": "fork", **kwargs}
         made.append(VecTaskAssignment(SharedMemoryVecEnv([partial(env_fn, index) for index in range(n_envs)], **settings)))
         return made[-1]
 
     yield make
     for venv in made:
         venv.close()
+
+
+def set_timeout(venv, fault: str) -> None:
+    """Only now, after the start of the workers and the first steps, which may take long on a busy machine."""
+    if fault in ("stop", "sleep"):
+        venv.unwrapped.worker_timeout = TIMEOUT
 
 
 def step(venv, n_steps: int = 1):
@@ -93,8 +100,8 @@ WHO = r"worker 1 \(process \d+\), which had the sub-environments \[1, 3\], "
 WHERE = "; it was working on sub-environment 1, task 'point-1'"
 FATES = {
     "exit": WHO + "ended with exit code 3" + WHERE,
-    "stop": WHO + r"did not answer for 0.5 s \(worker_timeout\) and was killed" + WHERE,
-    "sleep": WHO + r"did not answer for 0.5 s \(worker_timeout\) and was killed" + WHERE,
+    "stop": WHO + rf"did not answer for {TIMEOUT} s \(worker_timeout\) and was killed" + WHERE,
+    "sleep": WHO + rf"did not answer for {TIMEOUT} s \(worker_timeout\) and was killed" + WHERE,
     "raise": WHO + "raised ZeroDivisionError: the gripper is gone in step.. of sub-environment 1, task 'point-1'",
 }
 
@@ -104,13 +111,14 @@ def test_the_error_names_worker_sub_environment_and_task(make_faulty, fault):
     venv = make_faulty(fault)
     venv.reset()
     step(venv, 2)
+    set_timeout(venv, fault)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=FATES[fault]):
         step(venv)
     with pytest.raises(RuntimeError, match=FATES[fault]):
         venv.reset()
     venv.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
 
 
 def test_a_worker_that_is_idle_when_it_ends(make_faulty):
@@ -130,6 +138,7 @@ def test_a_replaced_worker_ends_its_episodes(make_faulty, fault):
         venv = make_faulty(name, restart_workers=True)
         venv.seed(0)
         runs.append([(venv.reset(),)] + [step(venv) for _ in range(2)])
+        set_timeout(venv, name)
         if name == "none":
             runs[-1] += [step(venv) for _ in range(2)]
     with pytest.warns(UserWarning, match=FATES[fault] + r".* it is replaced, and the episodes .* \(replacement number 1"):
@@ -198,6 +207,72 @@ def test_a_worker_that_ended_between_steps(make_faulty, request_name):
     assert step(venv)[2].tolist() == [False] * 4
 
 
+def patch_start(monkeypatch, venv, before=lambda: None, after=lambda process: None) -> None:
+    """Do something before and after the next start of a worker."""
+    start_worker = venv.unwrapped._start_worker
+
+    def start(*args: Any, **kwargs: Any):
+        monkeypatch.setattr(venv.unwrapped, "_start_worker", start_worker)
+        before()
+        connection, process = start_worker(*args, **kwargs)
+        after(process)
+        return connection, process
+
+    monkeypatch.setattr(venv.unwrapped, "_start_worker", start)
+
+
+def end(process) -> None:
+    process.kill()
+    process.join()
+
+
+@pytest.mark.parametrize("request_name", ["step", "get_attr"])
+def test_a_second_worker_that_ends_meanwhile_is_replaced_too(make_faulty, monkeypatch, request_name):
+    venv = make_faulty("none", restart_workers=True)
+    venv.seed(0)
+    venv.reset()
+    step(venv, 2)
+    processes = list(venv.unwrapped._processes)
+    end(processes[1])
+    patch_start(monkeypatch, venv, before=lambda: end(processes[0]))
+    with pytest.warns(UserWarning, match="replacement number 2"):
+        if request_name == "get_attr":
+            assert venv.get_attr("task_id") == [0, 1, 2, 0]
+        _, rewards, dones, infos = step(venv)
+    assert dones.all() and not rewards.any() and all(info["worker_restarted"] for info in infos)
+    assert venv.unwrapped.lost_steps.all() and venv.unwrapped.n_restarts == 2
+    obs, _, dones, infos = step(venv)
+    assert not dones.any() and not venv.unwrapped.lost_steps.any() and np.isfinite(obs).all()
+    assert not any("worker_restarted" in info for info in infos)
+
+
+@pytest.mark.filterwarnings("ignore:.*is replaced")
+def test_a_replacement_that_ends_at_once_is_an_error(make_faulty, monkeypatch):
+    venv = make_faulty("exit", restart_workers=True)
+    venv.reset()
+    step(venv, 2)
+    patch_start(monkeypatch, venv, after=end)
+    with pytest.raises(RuntimeError, match=r"worker 1 .*ended with exit code -9"):
+        step(venv)
+    assert venv.unwrapped.n_restarts == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*is replaced")
+def test_what_kept_a_worker_from_being_replaced_is_named(make_faulty, monkeypatch):
+    venv = make_faulty("exit", restart_workers=True)
+    venv.reset()
+    step(venv, 2)
+
+    def fail() -> None:
+        raise OSError("no more processes")
+
+    patch_start(monkeypatch, venv, before=fail)
+    with pytest.raises(OSError, match="no more"):
+        step(venv)
+    with pytest.raises(RuntimeError, match=r"replacing a worker was interrupted by OSError \(no more processes\); make a new"):
+        step(venv)
+
+
 def test_a_fault_that_a_new_process_does_not_mend(make_faulty):
     venv = make_faulty("raise", n_faults=9, restart_workers=True)
     venv.reset()
@@ -227,11 +302,23 @@ def test_monitor_files_go_on(make_faulty, tmp_path):
 def test_a_lost_step_is_not_learned_from(make_faulty, algorithm):
     venv = make_faulty("exit", restart_workers=True)
     model = make_model(algorithm, venv, learning_starts=8)
-    model.learn(10 * 4)
+    model.learn(10 * 4, log_interval=None)
     assert venv.unwrapped.n_restarts == 1
     # Ten steps each, of two sub-environments on task 0; the worker of 1 and 3 lost one step
     assert model.replay_buffer.sizes().tolist() == [19, 9, 10]
     assert not model.replay_buffer.refused.any()
+    if algorithm is TSACSAC:
+        assert model._logged_success[1].tolist() == [19, 9, 10]
+
+
+@pytest.mark.filterwarnings("ignore:.*is replaced")
+def test_a_lost_step_is_in_no_running_return(make_faulty):
+    env = VecTaskNormalize(make_faulty("exit", restart_workers=True))
+    env.seed(0)
+    env.reset()
+    step(env, 4)
+    assert env.unwrapped.n_restarts == 1
+    np.testing.assert_allclose(env.ret_rms.count, [7, 3, 4], atol=1e-3)  # two sub-environments on task 0 lost one step
 
 
 @pytest.mark.filterwarnings("ignore:.*is replaced")
@@ -312,7 +399,7 @@ def test_no_orphans_and_no_hang_at_exit(fault, start_method, end, tmp_path):
     pids = [int(pid) for pid in result.stdout.split()]
     assert len(pids) == 3, result.stderr
     assert result.returncode == {"exit": 0, "interrupt": -signal.SIGINT, "kill": -signal.SIGKILL}[end], result.stderr
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(is_running(pid) for pid in pids)

@@ -344,8 +344,11 @@ class SharedMemoryVecEnv(VecEnv):
     observation known as ``terminal_observation``, and the infos ``TimeLimit.truncated`` and ``worker_restarted``. Their next
     episodes are seeded from the last seed, the sub-environment and the number of its restarts, so that equal faults give
     equal runs, and no episode comes twice. Attributes that were set, and methods whose name begins with ``set_``, are set and
-    called again (as they were last); whatever else the environments remembered is lost. A worker that has to be replaced a
-    fourth time within 1000 steps is an error.
+    called again (as they were last); whatever else the environments remembered is lost, e.g. where they were in a list of
+    goals, which begins anew. A worker that has to be replaced a fourth time within 1000 steps is an error, and so is one that
+    is lost before its first reset is done. The step that never happened is not stored in a ``MultiTaskReplayBuffer``; SB3's
+    own buffers (``ReplayBuffer``, ``NStepReplayBuffer``, those of dictionaries and HER) take a step of all sub-environments
+    at once, and store it as one with reward 0 that stays where it is and ends in a timeout.
 
     :param env_fns: Functions that make the sub-environments
     :param n_workers: Number of workers; None for the number of cores, at most one per sub-environment
@@ -388,8 +391,11 @@ class SharedMemoryVecEnv(VecEnv):
         self._step_losses: dict[int, Loss] = {}
         # Observations that were returned last, by key
         self._last_obs: dict[Any, np.ndarray] | None = None
-        # Whether what was said to the workers so far is enough to replace one
+        # Whether what was said to the workers so far is enough to replace one; not so those that are just starting
         self._is_ready = False
+        self._starting: set[int] = set()
+        #: Which sub-environments the last step lost with their workers, (n_envs,) bool
+        self.lost_steps = np.zeros(len(env_fns), dtype=bool)
         self.waiting = False
         self.closed = False
         self._step_replies: dict[int, Any] | None = None
@@ -480,14 +486,14 @@ class SharedMemoryVecEnv(VecEnv):
         return lost
 
     @contextlib.contextmanager
-    def _unusable_if_interrupted(self) -> Iterator[None]:
+    def _unusable_if_interrupted(self, what: str = "talking to the workers") -> Iterator[None]:
         """Half a conversation cannot be taken up again: the next reply would be taken for that to another request."""
         try:
             yield
         except BaseException as e:
-            self._death = (
-                self._death or f"talking to the workers was interrupted by {type(e).__name__}; make a new environment"
-            )
+            if self._death is None:
+                cause = type(e).__name__ + (f" ({e})" if str(e) else "")
+                self._death = f"{what} was interrupted by {cause}; make a new environment"
             raise
 
     def _receive(self, workers: Iterable[int]) -> dict[int, Any]:
@@ -543,8 +549,9 @@ class SharedMemoryVecEnv(VecEnv):
         self._finish_step()
         replies = self._converse(request, arguments)
         while lost := self._lost(replies, also_failed=request == "reset"):
-            self._replace(lost)
-            replies.update(self._converse(request, {worker: arguments[worker] for worker in lost}))
+            # Also of those that were lost meanwhile: what they had replied is no longer true
+            replaced = [worker for worker in self._replace(lost) if worker in arguments]
+            replies.update(self._converse(request, {worker: arguments[worker] for worker in replaced}))
         return self._check_replies(replies)
 
     def _converse(self, request: str, arguments: dict[int, tuple[Any, ...]]) -> dict[int, Any]:
@@ -601,12 +608,13 @@ class SharedMemoryVecEnv(VecEnv):
         if not is_silent:
             fate = f"ended with exit code {process.exitcode}"
         message = f"{self._name(worker, process)}, {fate}"
-        busy = [index for index in self.assignment[worker] if self._is_ready and self._arrays.is_busy[index]]
+        is_new = not self._is_ready or worker in self._starting
+        busy = [index for index in self.assignment[worker] if not is_new and self._arrays.is_busy[index]]
         if busy:
             message += f"; it was working on {self._name_env(busy[0])}"
         if not is_silent:
             message += ". A negative exit code is the signal that ended it, -9 often means: out of memory"
-        if not self.restart_workers or not self._is_ready:
+        if not self.restart_workers or is_new:
             self._death = message
             raise RuntimeError(message)
         return Loss(message)
@@ -629,25 +637,32 @@ class SharedMemoryVecEnv(VecEnv):
                 lost[worker] = Loss(f"{name}, raised {reply.summary} {reply.where}", reply)
         return lost
 
-    def _replace(self, lost: dict[int, Loss]) -> None:
-        """Start workers anew; their sub-environments begin new episodes."""
+    def _replace(self, lost: dict[int, Loss]) -> list[int]:
+        """
+        Start workers anew; their sub-environments begin new episodes.
+
+        :param lost: The workers
+        :return: Those that were replaced: others may be lost meanwhile
+        """
         if not lost:
-            return
-        with self._unusable_if_interrupted():
-            self._is_ready = False  # a replacement that fails at once is an error
-            for worker, loss in lost.items():
-                self._count_restart(worker, loss)
-                self._processes[worker].kill()
-                self._processes[worker].join()
-                self._connections[worker].close()
-                self._connections[worker], self._processes[worker] = self._start_worker(worker, is_replacement=True)
-            workers = list(lost)
-            self._check_replies(self._converse("make", dict.fromkeys(workers, ())))
-            self._share_arrays()
-            for worker in workers:
+            return []
+        with self._unusable_if_interrupted("replacing a worker"):
+            while lost:
+                self._starting.update(lost)  # one of these that fails at once is an error
+                for worker, loss in lost.items():
+                    self._count_restart(worker, loss)
+                    self._processes[worker].kill()
+                    self._processes[worker].join()
+                    self._connections[worker].close()
+                    self._connections[worker], self._processes[worker] = self._start_worker(worker, is_replacement=True)
+                self._check_replies(self._converse("make", dict.fromkeys(lost, ())))
+                lost = self._share_arrays()
+            replaced = sorted(self._starting)
+            for worker in replaced:
                 self._restore(worker)
-            self._replaced.update(workers)
-            self._is_ready = True
+            self._replaced.update(replaced)
+            self._starting.clear()
+        return replaced
 
     def _count_restart(self, worker: int, loss: Loss) -> None:
         steps = self._restart_steps.setdefault(worker, [])
@@ -663,17 +678,25 @@ class SharedMemoryVecEnv(VecEnv):
             stacklevel=2,
         )
 
-    def _share_arrays(self) -> None:
-        """Move to other shared memory, with the workers: the file of the first is gone."""
+    def _share_arrays(self) -> dict[int, Loss]:
+        """
+        Move to other shared memory, with the workers: the file of the first is gone.
+
+        :return: Workers that are gone; with any, the memory stays the one of before
+        """
         arrays, before = self._make_arrays(), getattr(self, "_arrays", None)
         with _make_shared_file() as file:
             file.truncate(arrays.size)
-            self._check_replies(self._converse("attach", dict.fromkeys(range(len(self.assignment)), (arrays, file.name))))
+            replies = self._converse("attach", dict.fromkeys(range(len(self.assignment)), (arrays, file.name)))
+            if lost := self._lost(replies, also_failed=False):
+                return lost
+            self._check_replies(replies)
             arrays.attach(file.name)
         if before is not None:
             arrays.copy_from(before)
         arrays.is_busy[:] = False
         self._arrays = arrays
+        return {}
 
     def _restore(self, worker: int) -> None:
         """Bring the sub-environments of a new worker to where a new episode begins."""
@@ -736,9 +759,11 @@ class SharedMemoryVecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         self._n_steps += 1
         kept = {worker: reply for worker, reply in (replies or {}).items() if worker not in self._replaced}
+        self.lost_steps[:] = False
         for worker in sorted(self._replaced):
             for index in self.assignment[worker]:
                 self._end_episode(index, infos[index])
+                self.lost_steps[index] = True
         self._replaced.clear()
         for worker_infos, worker_reset_infos in self._check_replies(kept).values():
             for index, info in worker_infos.items():

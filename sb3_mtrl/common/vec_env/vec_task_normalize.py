@@ -98,7 +98,8 @@ class VecTaskNormalize(VecNormalize):
     The task is read from the observation. On environments that name no tasks this is ``VecNormalize``, number for number.
 
     A NaN or an infinity in the observation or the reward of one sub-environment reaches no statistics, and stays one (NaN)
-    when it is normalised, instead of being clipped to a number that looks like the others.
+    when it is normalised, instead of being clipped to a number that looks like the others. The steps that
+    ``SharedMemoryVecEnv`` loses with a worker are left out of the returns.
 
     :param venv: The vector environment to wrap
     :param training: Whether to update the statistics
@@ -201,10 +202,11 @@ class VecTaskNormalize(VecNormalize):
     def _update_reward(self, reward: np.ndarray) -> None:
         finite = np.isfinite(reward)
         self.returns = self.returns * self.gamma + np.where(finite, reward, 0.0)
+        kept = finite & ~getattr(self.unwrapped, "lost_steps", np.zeros_like(finite))
         if isinstance(self.ret_rms, TaskMeanStd):
-            self.ret_rms.update_tasks(self.returns[finite], self._current_tasks()[finite])
-        elif finite.any():
-            self.ret_rms.update(self.returns[finite])
+            self.ret_rms.update_tasks(self.returns[kept], self._current_tasks()[kept])
+        elif kept.any():
+            self.ret_rms.update(self.returns[kept])
 
     def _normalize_obs(self, obs: np.ndarray, obs_rms: RunningMeanStd) -> np.ndarray:
         normalized = super()._normalize_obs(obs, obs_rms)
