@@ -1,5 +1,8 @@
 """NaN and infinities of one task: what they reach, what is counted, and what is said of them."""
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -11,7 +14,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from sb3_mtrl import MTSAC, PaCoSAC
-from sb3_mtrl.common.utils import NonFiniteError, are_within, finite_task_ids, have_finite_gradients
+from sb3_mtrl.common.checkpoint import MultiTaskCheckpointCallback
+from sb3_mtrl.common.checkpoint_store import read_checkpoint
+from sb3_mtrl.common.prioritized import TaskPrioritizedReplayBuffer
+from sb3_mtrl.common.utils import NonFiniteError, are_within, finite_task_ids, fuse, have_finite_gradients, is_fused
 from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize, make_multi_task_vec_env
 from tests.models import ALGORITHMS, NUM_TASKS, make_model, parameters_of
 from tests.tiny_envs import PointTasksEnv
@@ -81,13 +87,14 @@ def test_masked_rollouts_leave_the_others_alone(algorithm, fault, value):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("fault, what", [("reward", "the reward"), ("observation", "the observation")])
-def test_a_raised_error_names_task_step_and_checkpoint(algorithm, fault, what):
+def test_a_raised_error_names_task_step_and_checkpoint(algorithm, fault, what, tmp_path):
     model = make_model(algorithm, broken_env(fault), learning_starts=6, on_nonfinite="raise")
-    model.last_checkpoint = "logs/model_9.zip"
     # Four vector steps of three sub-environments; the updates are those after steps 3 (9 is above 6) and before 4
-    message = rf"{what} is not finite, task point-1, at time step 12 after 1 updates;.*checkpoint: logs/model_9\.zip"
-    with pytest.raises(NonFiniteError, match=message):
-        model.learn(300)
+    message = rf"{what} is not finite, task point-1, at time step 12 after 1 updates;.*checkpoint: (\S+)\. "
+    with pytest.raises(NonFiniteError, match=message) as caught:
+        model.learn(300, callback=MultiTaskCheckpointCallback(2, tmp_path))
+    path = re.search(message, str(caught.value)).group(1)
+    assert read_checkpoint(Path(path)).path.parent == tmp_path
     assert all(tensor.isfinite().all() for tensor in parameters_of(model).values())
     assert model.replay_buffer.sizes()[BAD_TASK] == 3
 
@@ -102,6 +109,21 @@ def test_a_first_observation_that_is_not_finite_is_named_before_acting():
     env = VecTaskAssignment(DummyVecEnv([BrokenReset] * NUM_TASKS))
     with pytest.raises(NonFiniteError, match=r"the observation is not finite, task point-1, at time step 0 .*: none"):
         make_model(MTSAC, env).learn(30)
+
+
+def test_a_task_that_no_observation_told_is_unknown():
+    class BrokenReset(PointTasksEnv):
+        def reset(self, **kwargs):
+            obs, info = super().reset(**kwargs)
+            return np.where(self.task_id == BAD_TASK, np.nan, obs).astype(np.float32), info
+
+    env = VecTaskAssignment(DummyVecEnv([BrokenReset] * NUM_TASKS))
+    with pytest.raises(NonFiniteError, match=r"the observation is not finite, task unknown, at time step 0 "):
+        make_model(MTSAC, env).learn(30)
+    # Later the infos tell it; nothing is counted for another task
+    model = make_model(MTSAC, env, on_nonfinite="mask")
+    model.learn(30)
+    assert model.replay_buffer.refused.tolist() == [0, 1, 0]
 
 
 def test_defaults_are_those_of_the_published_maskout():
@@ -240,54 +262,156 @@ def test_without_looking_the_batch_is_masked_in_both_modes(algorithm, column):
 
 
 def test_without_looking_a_bad_gradient_changes_nothing():
-    models = {mode: steep_model(mode, ent_coef=0.1) for mode in ("mask", "raise")}
-    for model in models.values():
+    models = {mode: steep_model(mode, is_steep=False, ent_coef=0.1) for mode in ("mask", "raise")}
+    before = {}
+    for mode, model in models.items():
         model._may_look = False
-    before = parameters_of(models["mask"])
+        model.train(3)  # Adam's moments would go on moving the parameters
+        before[mode] = parameters_of(model)
+        make_steep(model)
     models["mask"].train(1)
     with pytest.raises(NonFiniteError, match="a gradient is not finite, task unknown"):
         models["raise"].train(1)
-    for model in models.values():
-        assert model.skipped_steps > 0
+    for mode, model in models.items():
+        assert model.skipped_steps == 2  # actor and critics
         after = parameters_of(model)
-        assert all(th.equal(after[name], before[name]) for name in before if not name.startswith("critic_target"))
+        assert all(th.equal(after[name], before[mode][name]) for name in after if not name.startswith("critic_target"))
+
+
+def test_without_looking_what_was_left_out_before_stops_nothing():
+    model = make_model(collect=60, on_nonfinite="raise")
+    model._may_look = False
+    model.skipped_steps.fill_(4)  # as of a file
+    model.train(1)
+    rows = model.replay_buffer._rows.copy()
+    set_column(model, 2, "reward", np.nan)
+    with pytest.raises(NonFiniteError, match="task point-2"):
+        model.train(1)
+    model.replay_buffer._rows[:] = rows
+    model.train(1)
+
+
+def test_a_fused_optimizer_goes_on_from_any_state():
+    """As where a model that was saved on a CPU goes on on a GPU; equal steps to those of the formula, up to rounding."""
+    parameters = [nn.Parameter(th.ones(3)) for _ in range(2)]
+    optimizers = [th.optim.Adam([parameter], lr=0.1) for parameter in parameters]
+    for n in range(4):
+        for parameter, optimizer in zip(parameters, optimizers, strict=True):
+            parameter.grad = th.tensor([1.0, -2.0, 0.5]) * (n + 1)
+            optimizer.step()
+        fuse(optimizers[1])
+        assert is_fused(optimizers[1]) and not is_fused(optimizers[0])
+        th.testing.assert_close(parameters[1].detach(), parameters[0].detach())
+    for told in ({"foreach": True}, {"fused": False}):
+        fuse(optimizer := th.optim.Adam([parameters[0]], **told))
+        assert not is_fused(optimizer)
 
 
 class Steep(nn.Module):
     """The identity; its gradient is NaN where the input is large."""
 
+    is_steep = True
+
     def forward(self, x: th.Tensor) -> th.Tensor:
         y = x.clone()
-        if y.requires_grad:
+        if y.requires_grad and self.is_steep:
             y.register_hook(lambda gradient: th.where(x.detach().abs() > 1e3, th.nan, gradient))
         return y
 
 
-def steep_model(on_nonfinite: str, algorithm: type[MTSAC] = MTSAC, **kwargs: Any) -> MTSAC:
+def make_steep(model: MTSAC, tasks: Sequence[int] = (BAD_TASK,)) -> None:
+    for task in tasks:
+        set_column(model, task, "obs", 1e5)
+        set_column(model, task, "next_obs", 1e5)
+
+
+def steep_model(on_nonfinite: str, algorithm: type[MTSAC] = MTSAC, is_steep: bool = True, **kwargs: Any) -> MTSAC:
     model = make_model(
         algorithm, collect=60, on_nonfinite=on_nonfinite, policy_kwargs=dict(activation_fn=Steep, net_arch=[8]), **kwargs
     )
-    set_column(model, BAD_TASK, "obs", 1e5)
-    set_column(model, BAD_TASK, "next_obs", 1e5)
+    if is_steep:
+        make_steep(model)
     return model
+
+
+def count_steps(model: MTSAC) -> dict[str, int]:
+    """How often each optimiser steps from now on."""
+    counts = {"ent_coef": 0, "critic": 0, "actor": 0}
+
+    def count(name: str, optimizer: th.optim.Optimizer) -> None:
+        optimizer.register_step_post_hook(lambda *args: counts.update({name: counts[name] + 1}))
+
+    count("ent_coef", model.ent_coef_optimizer)
+    count("critic", model.critic.optimizer)
+    count("actor", model.actor.optimizer)
+    return counts
 
 
 @pytest.mark.parametrize("order", ["sequential", "joint"])
 def test_gradients_of_one_task_do_not_reach_the_others(order):
     model = steep_model("mask", optimizer_order=order)
     before = parameters_of(model)
-    n_sums = []
-    model._sum_train_values, add = (lambda *args: n_sums.append(model._is_rehearsal) or add(*args)), model._sum_train_values
-    model.train(2)
+    counts = count_steps(model)
+    with pytest.warns(UserWarning, match=r"such an update takes 5 passes instead of one") as caught:
+        model.train(2)
+    assert sum("passes" in str(warning.message) for warning in caught) == 1
     assert model.dropped_updates.tolist() == [0, 2, 0]
     after = parameters_of(model)
     assert all(tensor.isfinite().all() for tensor in after.values())
     # The other tasks go on learning: every network has moved
     for part in ("actor.", "critic."):
         assert any(not th.equal(after[name], before[name]) for name in before if name.startswith(part))
-    assert logged(model)["train/skipped_steps"] > 0
-    # An attempt, a rehearsal of each task and the update without the task, twice; only the first and the last are logged
-    assert n_sums == [False, True, True, True, False] * 2
+    # Each optimiser has stepped once an update, in the first pass or in the last
+    assert counts == {"ent_coef": 2, "critic": 2, "actor": 2}
+    assert model.skipped_steps == 0 and model._n_summed_updates == 2
+
+
+def test_the_last_pass_is_logged():
+    """The critic loss of the task at fault is that of zeros in the last pass, and about 1e10 squared in the first."""
+    model = steep_model("mask")
+    set_column(model, BAD_TASK, "reward", 0.0)
+    model.train(1)
+    assert model._train_sums["critic_loss"][BAD_TASK] < 1e3
+    assert model._train_sums["ent_coef"].max() < 1.1  # of one pass, as the coefficients begin at 1
+
+
+def test_priorities_are_told_once(monkeypatch):
+    model = steep_model("mask", replay_buffer_class=TaskPrioritizedReplayBuffer)
+    told = []
+    monkeypatch.setattr(model.replay_buffer, "update_priorities", lambda indices, sizes: told.append(sizes))
+    model.train(1)
+    (sizes,) = told
+    assert sizes.isnan().sum() == 8 and (sizes.isfinite() | sizes.isnan()).all()  # 24 rows of three tasks, one is left out
+
+
+def test_steps_that_no_pass_makes_are_counted():
+    model = steep_model("mask", is_steep=False)
+    make_steep(model, range(NUM_TASKS))
+    counts = count_steps(model)
+    model.train(1)
+    assert counts == {"ent_coef": 1, "critic": 0, "actor": 0}
+    assert model.skipped_steps == 2 == logged(model)["train/skipped_steps"]
+
+
+@pytest.mark.parametrize("fault, stepped", [("critic", ["ent_coef"]), ("actor", ["ent_coef", "critic"])])
+def test_what_has_stepped_before_a_bad_gradient(fault, stepped):
+    """Temperatures, critics, actor: what comes before the fault steps, with finite gradients, and nothing after it."""
+    model = steep_model("raise")
+    other = {"critic": model.actor, "actor": model.critic}[fault]
+    layers = [module for module in other.modules() if isinstance(module, Steep)]
+    assert layers
+    for module in layers:
+        module.is_steep = False
+    before, before_ent_coef = parameters_of(model), model.log_ent_coef.detach().clone()
+    counts = count_steps(model)
+    with pytest.raises(NonFiniteError, match=r"a gradient is not finite, task point-1, at time step 60"):
+        model.train(1)
+    assert [name for name in counts if counts[name] == 1] == stepped
+    after = parameters_of(model)
+    changed = {name.split(".")[0] for name in after if not th.equal(after[name], before[name])}
+    assert changed == {name for name in stepped if name != "ent_coef"}
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert not th.equal(model.log_ent_coef, before_ent_coef) and model.log_ent_coef.isfinite().all()
 
 
 def test_gradients_that_are_not_finite_are_named():
@@ -326,12 +450,13 @@ def test_masking_changes_nothing_while_all_is_finite():
 
 
 def test_counts_are_saved(tmp_path):
-    model = steep_model("mask")
+    model = steep_model("mask", is_steep=False)
+    make_steep(model, range(NUM_TASKS))
     model.train(1)
     model.save(tmp_path / "model")
     loaded = MTSAC.load(tmp_path / "model")
     assert loaded.skipped_steps == model.skipped_steps > 0
-    assert loaded.dropped_updates.tolist() == [0, 1, 0]
+    assert loaded.dropped_updates.tolist() == [1, 1, 1]
 
 
 # ------------------------------------------------------------------ Meta-World

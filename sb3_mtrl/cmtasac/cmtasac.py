@@ -306,8 +306,8 @@ class CMTASAC(MTSAC):
         One update in the order of CMTA's authors: critics and encoder, actor, entropy coefficients, task encoder.
 
         :param replay_data: The batch
-        :param spoilt: (T,) bool, tasks to drop in any case; None without guards
-        :return: (T,) bool, tasks whose samples were dropped; None without guards
+        :param spoilt: (T,) bool, tasks to drop in any case; None: there is none
+        :return: (T,) bool, tasks whose samples were dropped; None: there is none, and no guard wants to be told
         """
         obs, next_obs = self._observations(replay_data)
         for optimizer in self._shared_optimizers():

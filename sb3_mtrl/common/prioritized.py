@@ -176,7 +176,7 @@ class SuccessWindows:
 
     def add_step(self, task_ids: np.ndarray, dones: np.ndarray, infos: Sequence[Mapping[str, Any]], is_warm_up: bool) -> bool:
         """
-        :param task_ids: Task of each sub-environment ``(n_envs,)``
+        :param task_ids: Task of each sub-environment ``(n_envs,)``; -1: unknown, its episode is left out
         :param dones: Episode ends ``(n_envs,)``
         :param infos: Infos; an episode is solved if ``is_success`` was true at any of its steps, and left out if its last
             info has no ``is_success``
@@ -192,7 +192,7 @@ class SuccessWindows:
                 pass  # the episode was cut off with its worker
             elif infos[index].get("is_success") is None:
                 warnings.warn("the infos have no is_success: the shares of the tasks in a batch stay equal", stacklevel=2)
-            elif self._counts[index]:
+            elif self._counts[index] and task_ids[index] >= 0:
                 self.windows[task_ids[index]].append(float(self._solved[index] > 0))
                 changed = True
             self._solved[index], self._counts[index] = 0.0, True

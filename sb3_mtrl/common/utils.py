@@ -297,6 +297,34 @@ def are_within(tensors: Iterable[th.Tensor], bound: float) -> bool:
     return True
 
 
+def is_fused(optimizer: th.optim.Optimizer) -> bool:
+    """
+    :param optimizer: The optimiser
+    :return: Whether all its steps are fused; its groups count, as they follow a state that is loaded
+    """
+    return all(group.get("fused") for group in optimizer.param_groups)
+
+
+def fuse(optimizer: th.optim.Optimizer) -> None:
+    """
+    Let an Adam optimiser step in one kernel, which on a GPU can leave a step out without a synchronisation. One that was told
+    how to step, or any other optimiser, stays as it is.
+
+    :param optimizer: The optimiser, changed in place
+    """
+    is_adam = isinstance(optimizer, (th.optim.Adam, th.optim.AdamW))
+    if not is_adam or is_fused(optimizer) or optimizer.defaults["fused"] is False:
+        return
+    if any(optimizer.defaults[name] for name in ("foreach", "capturable", "differentiable")):
+        return
+    for group in optimizer.param_groups:
+        group["fused"] = True
+        for param in group["params"]:
+            # Counted on the device then
+            if "step" in optimizer.state.get(param, {}):
+                optimizer.state[param]["step"] = optimizer.state[param]["step"].to(param.device, th.float32)
+
+
 def step_unless(optimizer: th.optim.Optimizer, skip: th.Tensor | None) -> None:
     """
     Step an optimiser, or leave parameters and moments untouched.
@@ -306,7 +334,7 @@ def step_unless(optimizer: th.optim.Optimizer, skip: th.Tensor | None) -> None:
     """
     if skip is None:
         optimizer.step()
-    elif skip.is_cuda and optimizer.defaults.get("fused"):
+    elif skip.is_cuda and is_fused(optimizer):
         # What torch.amp.GradScaler does to skip a step
         optimizer.grad_scale, optimizer.found_inf = None, skip.float()  # type: ignore[attr-defined]
         optimizer.step()

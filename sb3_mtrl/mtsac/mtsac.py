@@ -5,8 +5,8 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
@@ -52,9 +52,11 @@ from sb3_mtrl.common.utils import (
     check_number_or_auto,
     check_that,
     finite_task_ids,
+    fuse,
     get_num_tasks,
     get_task_names,
     have_finite_gradients,
+    is_fused,
     polyak_update_,
     step_unless,
 )
@@ -76,6 +78,10 @@ MAX_INPUT = 1e18
 
 ReplaySamples = ReplayBufferSamples | MultiTaskReplayBufferSamples
 Update = Callable[[ReplaySamples, th.Tensor | None], th.Tensor | None]
+
+
+class BadGradient(Exception):
+    """Ends an update at the first gradient that is not finite."""
 
 
 class MTSAC(SAC):
@@ -116,8 +122,10 @@ class MTSAC(SAC):
     :param overlap: Let the environments step in their workers while the learner updates. An action is then chosen before the
         update that in SB3's order would come before it; each update sees the transitions that it sees in SB3's order
     :param on_nonfinite: What a NaN or an infinity in a reward, an observation, a loss or a gradient does. "raise": training
-        stops before anything is learned from it, with a ``NonFiniteError`` that names task, time step and last checkpoint;
-        "mask": the transition is not stored, or its task is left out of the update, both are counted and training goes on
+        stops with a ``NonFiniteError`` that names task, time step and last checkpoint, and no optimiser steps on it (those
+        whose gradient comes earlier in the update, and is finite, have stepped); "mask": the transition is not stored, or
+        its task is left out of the update, both are counted and training goes on. Dict observations are not looked at
+        themselves, only the losses and gradients that come of them
     :raises ValueError: for a bad argument, or an environment that does not fit it
     """
 
@@ -241,6 +249,12 @@ class MTSAC(SAC):
         # Whether gradients are only looked at, to learn whose are not finite, and what was found in the update being made
         self._is_rehearsal = False
         self._has_bad_gradients = False
+        # Of the update being made, in all its passes: optimisers that have stepped, and those whose gradient was not finite
+        self._stepped_optimizers: set[th.optim.Optimizer] = set()
+        self._refused_optimizers: set[th.optim.Optimizer] = set()
+        # Of its last pass: values to log, and rows with the sizes of their TD errors
+        self._pass_values: list[dict[str, th.Tensor]] = []
+        self._pass_priorities: tuple[np.ndarray, th.Tensor] | None = None
         # Sums of logged values since the last dump, on the device
         self._train_sums: dict[str, th.Tensor] = {}
         self._n_summed_updates = 0
@@ -350,7 +364,7 @@ class MTSAC(SAC):
             self.log_ent_coef = self.log_ent_coef.detach().repeat(self.num_tasks).requires_grad_(True)
             learning_rate = self.ent_coef_learning_rate or self.lr_schedule(1)
             # Fused, a step can be skipped on the GPU without waiting for it
-            fused = self.device.type == "cuda"
+            fused = True if self.device.type == "cuda" else None
             self.ent_coef_optimizer = th.optim.Adam(
                 [self.log_ent_coef], lr=learning_rate, eps=self._ent_coef_adam_eps, fused=fused
             )
@@ -366,6 +380,7 @@ class MTSAC(SAC):
         # On a GPU: tasks of which something was not finite, not yet looked at
         self._nonfinite_tasks = th.zeros(self.num_tasks, dtype=th.bool, device=self.device)
         self._warned_of_nonfinite = False
+        self._warned_of_passes = False
         self.update_guards.clear()
 
     def _check_misplaced(self, place: str, name: str, given: Any, own: Any) -> None:
@@ -500,6 +515,7 @@ class MTSAC(SAC):
 
     def _start_episodes(self) -> None:
         """Forget what belongs to the running episodes: all sub-environments are reset."""
+        self._env_tasks = None
         if self.success_windows is not None:
             self.success_windows.start_episodes(self.n_envs)
 
@@ -512,12 +528,16 @@ class MTSAC(SAC):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        last_obs = self._last_obs
+        # In every step, so that a task is known when an observation does not tell it any more
+        task_ids = self._tasks_of_envs(self._last_obs, infos)
         if self.on_nonfinite == "raise":
-            for what, values in (("the reward", reward), ("the observation", new_obs)):
-                if isinstance(values, np.ndarray) and not (finite := np.isfinite(values)).all():
-                    rows = finite.reshape(len(values), -1).all(axis=1)
-                    self._stop(what, self._tasks_of_envs(last_obs)[~rows].tolist())
+            if not (finite := np.isfinite(reward)).all():
+                self._stop("the reward", task_ids[~finite].tolist())
+            if isinstance(new_obs, np.ndarray) and not (finite := np.isfinite(new_obs)).all():
+                # Of an episode that has just begun the task is not that of before
+                self._env_tasks = np.where(dones, -1, task_ids)
+                rows = finite.reshape(len(new_obs), -1).all(axis=1)
+                self._stop("the observation", self._tasks_of_envs(new_obs)[~rows].tolist())
         buffer = self.replay_buffer if isinstance(self.replay_buffer, MultiTaskReplayBuffer) else None
         n_refused = 0 if buffer is None else buffer.refused.sum()
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
@@ -525,22 +545,30 @@ class MTSAC(SAC):
             assert buffer.last_refused is not None
             task, parts = buffer.last_refused
             self._stop(f"the transition ({', '.join(parts)})", [task])
+        if self.num_tasks > 1:
+            self._env_tasks = np.where(dones, -1, task_ids)
         if self.success_windows is None:
             return
-        task_ids = self._tasks_of_envs(last_obs)
         # This step is counted already
         is_warm_up = self.num_timesteps - self.n_envs < self.learning_starts
         changed = self.success_windows.add_step(task_ids, dones, infos, is_warm_up)
         if changed and self._prioritized_buffer is not None:
             self._prioritized_buffer.set_task_performance(self.success_windows.rates)
 
-    def _tasks_of_envs(self, obs: Any) -> np.ndarray:
-        """Tasks that observations ``(n_envs, n + T)`` announce, ``(n_envs,)``; where they tell none, those of before."""
+    def _tasks_of_envs(self, obs: Any, infos: Sequence[Mapping[str, Any]] = ()) -> np.ndarray:
+        """
+        :param obs: Observations ``(n_envs, n + T)``
+        :param infos: Infos of the step that they came before, for their ``task_id``
+        :return: Tasks that the observations announce, ``(n_envs,)``; where they tell none, those of before or of the infos;
+            -1: unknown
+        """
         if self.num_tasks == 1:
-            return np.zeros(len(obs) if isinstance(obs, np.ndarray) else self.n_envs, dtype=np.int64)
+            return np.zeros(self.n_envs, dtype=np.int64)
         assert isinstance(obs, np.ndarray)
         if self._env_tasks is None or len(self._env_tasks) != len(obs):
-            self._env_tasks = np.zeros(len(obs), dtype=np.int64)
+            self._env_tasks = np.full(len(obs), -1, dtype=np.int64)
+        for index in np.flatnonzero(self._env_tasks < 0)[: len(infos)].tolist():
+            self._env_tasks[index] = infos[index].get("task_id", -1)
         self._env_tasks = finite_task_ids(obs, self.num_tasks, self._env_tasks)
         return self._env_tasks
 
@@ -572,10 +600,10 @@ class MTSAC(SAC):
     def _stop(self, what: str, tasks: Sequence[int]) -> NoReturn:
         """
         :param what: What is not finite
-        :param tasks: The tasks that it belongs to; none: unknown
+        :param tasks: The tasks that it belongs to; none, or -1: unknown
         :raises NonFiniteError: always
         """
-        names = ", ".join(self.task_names[task] for task in sorted(set(tasks))) or "unknown"
+        names = ", ".join(self.task_names[task] for task in sorted(set(tasks)) if task >= 0) or "unknown"
         raise NonFiniteError(
             f"{what} is not finite, task {names}, at time step {self.num_timesteps} after {self._n_updates} updates; nothing "
             f"was learned from it. Last good checkpoint: {self.last_checkpoint or 'none'}. "
@@ -641,6 +669,11 @@ class MTSAC(SAC):
         update = self._joint_update if self.optimizer_order == "joint" else self._sequential_update
         if self._prioritized_buffer is not None:
             self._prioritized_buffer.anneal_beta(self._current_progress_remaining)
+        if not self._may_look:
+            # Here, as parameters that are loaded bring the settings of their optimisers along
+            for optimizer in (*self._scheduled_optimizers(), *(optimizer for optimizer, _ in self._own_learning_rates())):
+                fuse(optimizer)
+        skipped_before = self.skipped_steps.clone()
 
         for gradient_step in range(gradient_steps):
             replay_data = self._sample_batch(batch_size or self.batch_size)  # type: ignore[arg-type]
@@ -666,23 +699,57 @@ class MTSAC(SAC):
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self.on_nonfinite == "raise" and not self._may_look:
-            self._stop_if_something_was_left_out()
+            self._stop_if_something_was_left_out(skipped_before)
 
     def _guarded_update(self, update: Update, replay_data: ReplaySamples, spoilt: th.Tensor | None) -> th.Tensor | None:
         """
-        One update; on the CPU, where looking is free, again without the tasks whose gradients were not finite in it. (On a GPU
-        a step with such a gradient is left out for all tasks.)
+        One update; on the CPU, where looking is free, again without the tasks whose gradients were not finite in it, for the
+        optimisers that did not step. (On a GPU a step with such a gradient is left out for all tasks.)
         """
+        self._stepped_optimizers.clear()
+        self._refused_optimizers.clear()
+        with suppress(BadGradient):
+            dropped = self._make_pass(update, replay_data, spoilt)
+            if self._has_bad_gradients:
+                blamed = self._tasks_with_bad_gradients(update, replay_data)
+                if blamed.any():  # else only together
+                    left_out = blamed if spoilt is None else blamed | spoilt
+                    dropped = self._make_pass(update, self._without_inputs(replay_data, blamed), left_out)
+                self._warn_of_passes()
+                self.skipped_steps.add_(len(self._refused_optimizers - self._stepped_optimizers))
+            self._keep_pass()
+            return dropped
+        self._stop("a gradient", self._tasks_with_bad_gradients(update, replay_data).nonzero().flatten().tolist())
+
+    def _make_pass(self, update: Update, replay_data: ReplaySamples, spoilt: th.Tensor | None) -> th.Tensor | None:
         self._has_bad_gradients = False
-        dropped = update(replay_data, spoilt)
-        if not self._has_bad_gradients:
-            return dropped
-        blamed = self._tasks_with_bad_gradients(update, replay_data)
-        if self.on_nonfinite == "raise":
-            self._stop("a gradient", blamed.nonzero().flatten().tolist())
-        if not blamed.any():  # only together
-            return dropped
-        return update(self._without_inputs(replay_data, blamed), blamed if spoilt is None else blamed | spoilt)
+        self._pass_values.clear()
+        self._pass_priorities = None
+        return update(replay_data, spoilt)
+
+    def _keep_pass(self) -> None:
+        """What the last pass of an update computed is logged, and told to the buffer; that of those before is not."""
+        for values in self._pass_values:
+            for name, value in values.items():
+                if name not in self._train_sums:
+                    self._train_sums[name] = th.zeros_like(value)
+                self._train_sums[name].add_(value)
+        self._n_summed_updates += 1
+        if self._pass_priorities is not None and self._prioritized_buffer is not None:
+            self._prioritized_buffer.update_priorities(*self._pass_priorities)
+        self._pass_values.clear()
+        self._pass_priorities = None
+        self._stepped_optimizers.clear()
+        self._refused_optimizers.clear()
+
+    def _warn_of_passes(self) -> None:
+        if not self._warned_of_passes:
+            self._warned_of_passes = True
+            warnings.warn(
+                f"a gradient was not finite: to find its task, such an update takes {self.num_tasks + 2} passes instead of "
+                "one (one for each task, and another without those at fault)",
+                stacklevel=2,
+            )
 
     def _tasks_with_bad_gradients(self, update: Update, replay_data: ReplaySamples) -> th.Tensor:
         """Tasks of the batch whose gradients are not finite without the other tasks, ``(T,)`` bool; nothing is learned."""
@@ -692,8 +759,7 @@ class MTSAC(SAC):
             for task in range(self.num_tasks):
                 others = th.ones(self.num_tasks, dtype=th.bool, device=self.device)
                 others[task] = False
-                self._has_bad_gradients = False
-                update(self._without_inputs(replay_data, others), others)
+                self._make_pass(update, self._without_inputs(replay_data, others), others)
                 blamed[task] = self._has_bad_gradients
         finally:
             self._is_rehearsal = False
@@ -711,12 +777,18 @@ class MTSAC(SAC):
             extras={name: th.where(rows, 0.0, tensor) for name, tensor in replay_data.extras.items()},
         )
 
-    def _stop_if_something_was_left_out(self) -> None:
-        """On a GPU, once a call of ``train``: the parameters are those of before, as with "mask"."""
-        nonfinite = self._nonfinite_tasks.nonzero().flatten().tolist()
-        if nonfinite:
-            self._stop("a loss, or the batch that it is of,", nonfinite)
-        if self.skipped_steps > 0:
+    def _stop_if_something_was_left_out(self, skipped_before: th.Tensor) -> None:
+        """
+        On a GPU, once a call of ``train``, in one transfer: the parameters are those of training with "mask".
+
+        :param skipped_before: ``skipped_steps`` at the start of the call
+        """
+        has_skipped = (self.skipped_steps > skipped_before).reshape(1)
+        *is_nonfinite, skipped = th.cat([self._nonfinite_tasks, has_skipped]).tolist()
+        if any(is_nonfinite):
+            self._nonfinite_tasks.zero_()
+            self._stop("a loss, or the batch that it is of,", np.flatnonzero(is_nonfinite).tolist())
+        if skipped:
             self._stop("a gradient", [])
 
     def _sample_batch(self, batch_size: int) -> ReplaySamples:
@@ -738,8 +810,8 @@ class MTSAC(SAC):
         One update in SB3's order: each optimiser steps before the next loss is formed.
 
         :param replay_data: The batch
-        :param spoilt: (T,) bool, tasks to drop in any case; None without guards
-        :return: (T,) bool, tasks whose samples were dropped; None without guards
+        :param spoilt: (T,) bool, tasks to drop in any case; None: there is none
+        :return: (T,) bool, tasks whose samples were dropped; None: there is none, and no guard wants to be told
         """
         obs, next_obs = self._observations(replay_data)
         for optimizer in self._shared_optimizers():
@@ -781,8 +853,8 @@ class MTSAC(SAC):
         One update in the order of PaCo's authors: all gradients are taken at the same parameters, then all optimisers step.
 
         :param replay_data: The batch
-        :param spoilt: (T,) bool, tasks to drop in any case; None without guards
-        :return: (T,) bool, tasks whose samples were dropped; None without guards
+        :param spoilt: (T,) bool, tasks to drop in any case; None: there is none
+        :return: (T,) bool, tasks whose samples were dropped; None: there is none, and no guard wants to be told
         """
         obs, next_obs = self._observations(replay_data)
         optimizers = self._all_optimizers()
@@ -869,8 +941,11 @@ class MTSAC(SAC):
         return losses.mean() if weights is None else (weights * losses).mean()
 
     def _update_priorities(self, td_errors: th.Tensor, dropped: th.Tensor | None, replay_data: ReplaySamples) -> None:
-        """Tell a prioritized buffer the errors ``(n_critics, B, 1)`` of this update; those of dropped tasks mean nothing."""
-        buffer = self._prioritized_buffer if not self._is_rehearsal else None
+        """
+        Have a prioritized buffer told the errors ``(n_critics, B, 1)`` of this update, if this is its last pass; those of
+        dropped tasks mean nothing.
+        """
+        buffer = self._prioritized_buffer
         if buffer is None or not isinstance(replay_data, MultiTaskReplayBufferSamples) or replay_data.indices is None:
             return
         sizes = buffer.td_error_sizes(td_errors.detach())
@@ -879,7 +954,7 @@ class MTSAC(SAC):
         if self._spoilt_rows is not None:
             # Else they would be drawn, and their task dropped, ever more often, as the errors of the others fall
             sizes = th.where(self._spoilt_rows, 0.0, sizes)
-        buffer.update_priorities(replay_data.indices, sizes)
+        self._pass_priorities = replay_data.indices, sizes
 
     def _auxiliary_loss(
         self,
@@ -1036,20 +1111,23 @@ class MTSAC(SAC):
         skip = None if dropped is None else dropped.all()
         finite = have_finite_gradients(optimizer)
         if self._may_look:
-            is_bad = finite is not None and not finite
-            self._has_bad_gradients |= is_bad
-            if not self._is_rehearsal and not is_bad:
-                step_unless(optimizer, skip)
-            elif not self._is_rehearsal:
-                self.skipped_steps.add_(1)
+            if finite is not None and not finite:
+                self._has_bad_gradients = True
+                if not self._is_rehearsal:
+                    self._refused_optimizers.add(optimizer)
+                    if self.on_nonfinite == "raise":
+                        raise BadGradient
+            elif not self._is_rehearsal and optimizer not in self._stepped_optimizers and (skip is None or not skip):
+                optimizer.step()
+                self._stepped_optimizers.add(optimizer)
             return
         if finite is not None:
             self.skipped_steps.add_(~finite)
-            if optimizer.defaults.get("fused"):
+            if is_fused(optimizer):
                 skip = ~finite if skip is None else skip | ~finite
             else:
                 if not self.update_guards:
-                    skip = None  # to skip the step would mean to wait for the device; the gradients are zero
+                    skip = None  # to skip the step would mean to wait for the device; only the moments move the parameters
                 for group in optimizer.param_groups:
                     for param in group["params"]:
                         if param.grad is not None:
@@ -1094,9 +1172,7 @@ class MTSAC(SAC):
     def _sum_train_values(
         self, task_critic_losses: th.Tensor, task_actor_losses: th.Tensor, ent_coef_losses: th.Tensor | None
     ) -> None:
-        """Add this update to the sums that ``dump_logs`` reads; nothing leaves the device here."""
-        if self._is_rehearsal:
-            return
+        """Add this update, if this is its last pass, to the sums that ``dump_logs`` reads; nothing leaves the device here."""
         values = {"critic_loss": task_critic_losses, "actor_loss": task_actor_losses}
         if self.log_ent_coef is not None and ent_coef_losses is not None:
             values["ent_coef"] = self._bounded_log_ent_coef().detach().exp()
@@ -1104,15 +1180,9 @@ class MTSAC(SAC):
         else:
             values["ent_coef"] = self.ent_coef_tensor
         self._add_to_train_sums(values)
-        self._n_summed_updates += 1
 
     def _add_to_train_sums(self, values: dict[str, th.Tensor]) -> None:
-        if self._is_rehearsal:
-            return
-        for name, value in values.items():
-            if name not in self._train_sums:
-                self._train_sums[name] = th.zeros_like(value)
-            self._train_sums[name].add_(value)
+        self._pass_values.append(values)
 
     def dump_logs(self) -> None:
         """
@@ -1317,11 +1387,16 @@ class MTSAC(SAC):
         "_dropped_at_last_dump",
         "_warned_of_stuck_tasks",
         "_warned_of_nonfinite",
+        "_warned_of_passes",
         "_nonfinite_tasks",
         "_may_look",
         "_env_tasks",
         "_is_rehearsal",
         "_has_bad_gradients",
+        "_stepped_optimizers",
+        "_refused_optimizers",
+        "_pass_values",
+        "_pass_priorities",
         "_spoilt_rows",
         "_stepping_env",
         "_waiting_updates",
@@ -1340,7 +1415,7 @@ class MTSAC(SAC):
             *("num_timesteps", "_episode_num", "_n_updates", "_current_progress_remaining", "action_noise"),
             *("_last_obs", "_last_original_obs", "_last_episode_starts", "ep_info_buffer", "ep_success_buffer"),
             *("success_windows", "_train_sums", "_n_summed_updates", "_dropped_at_last_dump", "_warned_of_stuck_tasks"),
-            *("_waiting_updates", "_env_tasks", "_nonfinite_tasks", "_warned_of_nonfinite"),
+            *("_waiting_updates", "_env_tasks", "_nonfinite_tasks", "_warned_of_nonfinite", "_warned_of_passes"),
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

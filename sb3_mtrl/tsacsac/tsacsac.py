@@ -273,9 +273,8 @@ class TSACSAC(MTSAC):
         raw_lambda = th.full((n_multipliers,), inverse_softplus(self.lambda_init), device=self.device)
         self.raw_lambda = raw_lambda.requires_grad_(True)
         # Fused, a step can be skipped on the GPU without waiting for it
-        self.lambda_optimizer = th.optim.Adam(
-            [self.raw_lambda], lr=self.lambda_learning_rate, fused=self.device.type == "cuda"
-        )
+        fused = True if self.device.type == "cuda" else None
+        self.lambda_optimizer = th.optim.Adam([self.raw_lambda], lr=self.lambda_learning_rate, fused=fused)
         self._budgets = th.as_tensor(budgets, dtype=th.float32, device=self.device)  # (T,)
         self._rollout_rewards = th.zeros(2, self.num_tasks, device=self.device)
 
@@ -336,7 +335,7 @@ class TSACSAC(MTSAC):
     ) -> None:
         success = self._read_success(infos)
         rewards = self._sparse_rewards(success, dones)
-        self._count_rewards(success, rewards)
+        self._count_rewards(success, rewards, infos)
         # The buffer reads its extra columns from the infos; those of the environment stay as they are
         infos = [{**info, SPARSE_REWARD: self.success_bonus * r} for info, r in zip(infos, rewards, strict=True)]
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
@@ -364,15 +363,16 @@ class TSACSAC(MTSAC):
         self._succeeded = (self._succeeded | success) & ~dones.astype(bool)
         return first.astype(np.float64)
 
-    def _count_rewards(self, success: np.ndarray, rewards: np.ndarray) -> None:
-        task_ids = np.zeros(len(rewards), dtype=np.int64)
-        if self.num_tasks > 1:
-            task_ids = self._tasks_of_envs(self._last_obs)
+    def _count_rewards(self, success: np.ndarray, rewards: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        task_ids = self._tasks_of_envs(self._last_obs, infos)
+        # Not those that never happened, and those of which no one knows the task
+        kept = (task_ids >= 0) & np.array([not info.get("worker_restarted", False) for info in infos])
+        task_ids, success = task_ids[kept], success[kept]
         n_steps = np.bincount(task_ids, minlength=self.num_tasks)
         self._logged_success += [np.bincount(task_ids, weights=success, minlength=self.num_tasks), n_steps]
         # Random actions of the warm-up say nothing of the policies
         if self.num_timesteps - len(rewards) >= self.learning_starts:  # this step is counted already
-            self._fresh_rewards += [np.bincount(task_ids, weights=rewards, minlength=self.num_tasks), n_steps]
+            self._fresh_rewards += [np.bincount(task_ids, weights=rewards[kept], minlength=self.num_tasks), n_steps]
 
     # ------------------------------------------------------------------ update
 
@@ -386,8 +386,8 @@ class TSACSAC(MTSAC):
         One update: lambda, temperatures, critics, shared policy (phi), action-correction policy (psi).
 
         :param replay_data: The batch
-        :param spoilt: (T,) bool, tasks to drop in any case; None without guards
-        :return: (T,) bool, tasks whose samples were dropped; None without guards
+        :param spoilt: (T,) bool, tasks to drop in any case; None: there is none
+        :return: (T,) bool, tasks whose samples were dropped; None: there is none, and no guard wants to be told
         """
         obs, next_obs = self._observations(replay_data)
         assert isinstance(obs, th.Tensor) and isinstance(next_obs, th.Tensor)
