@@ -39,7 +39,7 @@ def nothing_is_left_behind():
     while mp.active_children() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert mp.active_children() == []
-    assert glob.glob("/dev/shm/sb3_mtrl_*") == []
+    assert glob.glob(f"/dev/shm/sb3_mtrl_{os.getpid()}_*") == []
 
 
 class PickyEnv(gym.Env):

@@ -145,7 +145,8 @@ class SharedArrays:
 
 def _make_shared_file() -> Any:
     # In memory, where the system has such a place
-    return tempfile.NamedTemporaryFile(prefix="sb3_mtrl_", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    return tempfile.NamedTemporaryFile(prefix=f"sb3_mtrl_{os.getpid()}_", dir=folder)
 
 
 class AppendingResultsWriter(monitor.ResultsWriter):
