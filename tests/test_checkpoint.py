@@ -34,7 +34,7 @@ from sb3_mtrl.common.callbacks import (
     WResetCallback,
 )
 from sb3_mtrl.common.checkpoint import MultiTaskCheckpointCallback
-from sb3_mtrl.common.checkpoint_store import BrokenCheckpointError, CheckpointStore, read_checkpoint
+from sb3_mtrl.common.checkpoint_store import ROWS, BrokenCheckpointError, CheckpointStore, read_checkpoint
 from sb3_mtrl.common.prioritized import TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.vec_env import SharedMemoryVecEnv, VecTaskAssignment, VecTaskNormalize
 from sb3_mtrl.common.vec_env.state import get_env_state, get_vec_env_state, set_env_state, set_vec_env_state
@@ -341,7 +341,7 @@ def test_damage_at_any_place_is_found(checkpoints, tmp_path):
     whole = find(checkpoints)[-1]
     read_checkpoint(whole)
     n_damages = 0
-    files = [*sorted(path.name for path in whole.iterdir()), *(f"../rows/{s.name}" for s in read_checkpoint(whole).segments)]
+    files = [*sorted(path.name for path in whole.iterdir()), *(f"../{ROWS}/{s.name}" for s in read_checkpoint(whole).segments)]
     assert len(files) >= 3 + 3  # manifest, model, state; a segment for each checkpoint that added rows
     rng = np.random.default_rng(0)
     copy = tmp_path / "copy"
@@ -403,6 +403,54 @@ def test_another_format_is_skipped(checkpoints, tmp_path):
         assert learn(tmp_path / "newer", 75).num_timesteps == 75
 
 
+def test_nothing_is_deleted_while_a_manifest_cannot_be_read(checkpoints, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoints, folder)
+    before = sorted(folder.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_store, "FORMAT", 2)
+        with (
+            pytest.warns(UserWarning, match="skipping"),
+            pytest.raises(ValueError, match=r"where all are broken .*has format 1"),
+        ):
+            learn(folder, 90)
+    assert sorted(folder.rglob("*")) == before
+    # Neither does a training delete rows that goes on from an older checkpoint, with the newest one out of reach
+    newest = find(folder)[-1]
+    manifest = (newest / "manifest.json").read_text()
+    (newest / "manifest.json").write_text("")
+    segments = set((folder / ROWS).iterdir())
+    with pytest.warns(UserWarning, match="skipping"):
+        learn(folder, 75)
+    assert [path.name[18:] for path in find(folder)] == ["30_steps", "45_steps", "60_steps", "60_steps", "75_steps"][1:]
+    assert segments < set((folder / ROWS).iterdir())
+    (newest / "manifest.json").write_text(manifest)
+    assert learn(tmp_path / "back", 75, resume=newest).num_timesteps == 75
+    read_checkpoint(newest)
+
+
+def test_files_of_others_are_left_alone(checkpoints, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoints, folder)
+    others = [
+        folder / ROWS / "notes.csv",
+        folder / ROWS / "1.f32",
+        folder / ".writing_a_thesis",
+        folder / "rows" / "000001.f32",
+    ]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (folder / ROWS / "segment_000099.f32").mkdir()
+    learn(folder, 75)
+    assert all(path.exists() for path in others) and (folder / ROWS / "segment_000099.f32").is_dir()
+    # A folder that is refused is not touched at all
+    (folder / ROWS / "segment_000098.f32").touch()
+    with pytest.raises(ValueError, match="without checkpoints with resume=None"):
+        learn(folder, 90, resume=None)
+    assert (folder / ROWS / "segment_000098.f32").exists()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -442,6 +490,22 @@ def test_resume_takes_none_and_a_path(checkpoints, tmp_path):
     assert [path.name[-8:] for path in find(checkpoints)] == ["30_steps", "45_steps", "60_steps"]
     with pytest.raises(BrokenCheckpointError, match=r"nowhere/manifest.json: No such file"):
         learn(tmp_path / "third", 90, resume=tmp_path / "nowhere")
+
+
+def test_the_branch_that_was_given_up_goes_in_its_turn(checkpoints, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoints, folder)
+    learn(folder, 60, resume=find(folder)[0])
+    # 2, 3 and 4 had 30, 45 and 60 steps; 45 and 60 came again
+    assert [path.name for path in find(folder)] == [
+        "checkpoint_000004_60_steps",
+        "checkpoint_000005_45_steps",
+        "checkpoint_000006_60_steps",
+    ]
+    learn(folder, 75, resume=find(folder)[-1])
+    assert [path.name[11:17] for path in find(folder)] == ["000005", "000006", "000007"]
+    used = {segment.name for path in find(folder) for segment in read_checkpoint(path).segments}
+    assert {path.name for path in (folder / ROWS).iterdir()} == used
 
 
 def test_bad_arguments(tmp_path):
@@ -525,46 +589,202 @@ def test_a_failure_at_any_write_leaves_the_older_checkpoints(tmp_path, monkeypat
 # ------------------------------------------------------------------------------------------------------------------ rows
 
 
-@pytest.mark.parametrize("buffer_class", [MultiTaskReplayBuffer, TaskPrioritizedReplayBuffer])
-def test_rows_are_written_once_and_come_back(buffer_class, tmp_path):
-    # Random numbers of rows between checkpoints, up to several rounds of a ring of 11; expected is what the buffer holds
-    rng = np.random.default_rng(0)
+def make_buffer(capacity, buffer_class=MultiTaskReplayBuffer, n_envs=4):
     env = make_env()
+    return buffer_class(
+        capacity * NUM_TASKS, env.observation_space, env.action_space, "cpu", n_envs=n_envs, num_tasks=NUM_TASKS
+    )
+
+
+def add_rows(buffer, tasks, rng):
+    n = len(tasks)
+    obs = np.concatenate([rng.normal(size=(n, 4)), np.eye(NUM_TASKS)[tasks]], axis=1)
+    buffer.add(obs, obs, rng.normal(size=(n, 2)), rng.normal(size=n), np.zeros(n), [{}] * n)
+
+
+def assert_rows_come_back(buffer, checkpoint, make):
+    copy = make()
+    copy.set_checkpoint_state(buffer.get_checkpoint_state())
+    checkpoint.load_rows(copy)
+    for task, (start, end) in enumerate(buffer.row_numbers().tolist()):
+        blocks = zip(buffer.row_blocks(task, start, end), copy.row_blocks(task, start, end), strict=True)
+        assert all(np.array_equal(one, other) for one, other in blocks)
+    return copy
+
+
+def bytes_on_disk(folder):
+    return sum(path.stat().st_size for path in (folder / ROWS).iterdir())
+
+
+@pytest.mark.parametrize("compacts", [False, True])
+@pytest.mark.parametrize("buffer_class", [MultiTaskReplayBuffer, TaskPrioritizedReplayBuffer])
+def test_rows_are_written_once_and_come_back(buffer_class, compacts, tmp_path, monkeypatch):
+    # Random numbers of rows between checkpoints, up to several rounds of a ring of 11; expected is what the buffer holds
+    if not compacts:
+        monkeypatch.setattr(checkpoint_store, "MAX_BYTES_PER_HELD", NEVER)
+    rng = np.random.default_rng(0)
 
     def make():
-        return buffer_class(33, env.observation_space, env.action_space, "cpu", n_envs=4, num_tasks=NUM_TASKS)
+        return make_buffer(11, buffer_class)
 
     buffer, store = make(), CheckpointStore(tmp_path, 2)
-    n_rows = [0] * NUM_TASKS
-    n_rows_written = 0
+    row_bytes = buffer._rows.itemsize * buffer._rows.shape[1]
+    n_rows, n_rows_before = np.zeros(NUM_TASKS, dtype=int), np.zeros(NUM_TASKS, dtype=int)
+    names = {"pos", "full", "_laps", "refused"}
+    n_new_segments, n_compacted = 0, 0
     for n_adds in [0, 1, 0, 3, 9, 2, *rng.integers(0, 14, 30)]:
         for _ in range(n_adds):
             tasks = rng.integers(NUM_TASKS, size=4)
-            obs = np.concatenate([rng.normal(size=(4, 4)), np.eye(NUM_TASKS)[tasks]], axis=1)
-            buffer.add(obs, obs, rng.normal(size=(4, 2)), rng.normal(size=4), np.zeros(4), [{}] * 4)
-            n_rows = [n + int((tasks == task).sum()) for task, n in enumerate(n_rows)]
+            add_rows(buffer, tasks, rng)
+            n_rows += np.bincount(tasks, minlength=NUM_TASKS)
+        n_held = np.minimum(n_rows, 11)
         if n_adds == 9 and buffer_class is MultiTaskReplayBuffer:
             buffer.reset()
-            n_rows = buffer.row_numbers()[:, 1].tolist()
-        assert buffer.row_numbers()[:, 1].tolist() == n_rows
+            n_rows = buffer.row_numbers()[:, 1].copy()
+            n_held = np.zeros(NUM_TASKS, dtype=int)
+            n_rows_at_reset = n_rows.copy()
+        elif buffer_class is MultiTaskReplayBuffer and "n_rows_at_reset" in locals():
+            n_held = np.minimum(n_rows - n_rows_at_reset, 11)
+        assert buffer.row_numbers()[:, 1].tolist() == n_rows.tolist()
+        n_expected = np.minimum(n_rows - n_rows_before, n_held).sum()  # new, and not overwritten since
+        n_rows_before = n_rows.copy()
+        segments_before = {path.name for path in (tmp_path / ROWS).iterdir()}
         checkpoint = read_checkpoint(store.write(0, {}, {}, buffer))
-        if checkpoint.segments:
-            n_rows_written += sum(end - start for start, end in checkpoint.segments[-1].ranges) if n_adds else 0
-        copy = make()
-        copy.set_checkpoint_state(buffer.get_checkpoint_state())
-        checkpoint.load_rows(copy)
-        for task, (start, end) in enumerate(buffer.row_numbers().tolist()):
-            blocks = zip(buffer.row_blocks(task, start, end), copy.row_blocks(task, start, end), strict=True)
-            assert all(np.array_equal(one, other) for one, other in blocks)
-        for name, value in vars(buffer.get_checkpoint_state() and copy).items():
-            if name in ("pos", "full", "_laps", "highest_priorities", "success_rates", "beta"):
-                assert np.array_equal(value, getattr(buffer, name), equal_nan=name == "success_rates")
+        new = [segment for segment in checkpoint.segments if segment.name not in segments_before]
+        n_written = sum(segment.entry.n_bytes for segment in new) / row_bytes
+        n_new_segments += len(new)
+        if compacts and n_written != n_expected:
+            assert n_written == n_held.sum() and checkpoint.segments == new
+            n_compacted += 1
+        else:
+            assert n_written == n_expected and len(new) == (n_expected > 0)
+        copy = assert_rows_come_back(buffer, checkpoint, make)
+        for name in names:
+            assert np.array_equal(getattr(copy, name), getattr(buffer, name))
         if buffer_class is TaskPrioritizedReplayBuffer:
-            assert np.array_equal(copy._tree.nodes, buffer._tree.nodes)
-    assert n_rows_written <= sum(n_rows)
+            for name in ("highest_priorities", "success_rates"):
+                assert np.array_equal(getattr(copy, name), getattr(buffer, name), equal_nan=True)
+            assert copy.beta == buffer.beta and np.array_equal(copy._tree.nodes, buffer._tree.nodes)
+    assert n_new_segments > 20 and (0 < n_compacted < n_new_segments) == compacts
     # Only what the two checkpoints that are kept refer to is left
     used = {segment.name for path in store.find() for segment in read_checkpoint(path).segments}
-    assert {path.name for path in (tmp_path / "rows").iterdir()} == used and len(store.find()) == 2
+    assert {path.name for path in (tmp_path / ROWS).iterdir()} == used and len(store.find()) == 2
+
+
+def test_rows_of_tasks_that_come_alike_are_never_written_twice(tmp_path):
+    # Two rows of each task a checkpoint in rings of 60: full after 30 of them, and 31 segments from then on
+    rng = np.random.default_rng(0)
+    buffer, store = make_buffer(60, n_envs=NUM_TASKS), CheckpointStore(tmp_path, 1)
+    row_bytes = buffer._rows.itemsize * buffer._rows.shape[1]
+    for _ in range(70):
+        for _ in range(2):
+            add_rows(buffer, np.arange(NUM_TASKS), rng)
+        segments = read_checkpoint(store.write(0, {}, {}, buffer)).segments
+        assert segments[-1].entry.n_bytes == 2 * NUM_TASKS * row_bytes
+    assert len(segments) == 30
+    assert bytes_on_disk(tmp_path) == buffer._rows.nbytes
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("rate", ["slow", "stopped", "none"])
+def test_the_disk_holds_no_more_than_some_rings(rate, keep, tmp_path):
+    # Task 0 comes nearly always; the others at a rate of 1/50, or only in the first 40 steps, or never. Without compaction
+    # the files grow to several times the rings
+    rng = np.random.default_rng(0)
+
+    def make():
+        return make_buffer(100, n_envs=1)
+
+    buffer, store = make(), CheckpointStore(tmp_path, keep)
+    n_steps, n_segments, ratios = 0, [], []
+    for _ in range(150):
+        for _ in range(15):
+            n_steps += 1
+            is_other = {"slow": n_steps % 50 == 0, "stopped": n_steps < 40, "none": False}[rate]
+            add_rows(buffer, [n_steps // 50 % 2 + 1 if is_other else 0], rng)
+        checkpoint = read_checkpoint(store.write(n_steps, {}, {}, buffer))
+        n_segments.append(len(checkpoint.segments))
+        n_held_bytes = buffer.sizes().sum() * buffer._rows.itemsize * buffer._rows.shape[1]
+        named = {segment.name: segment.entry.n_bytes for segment in checkpoint.segments}
+        assert sum(named.values()) <= 1.5 * n_held_bytes
+        ratios.append(bytes_on_disk(tmp_path) / n_held_bytes)
+    assert max(ratios) <= (1.5 if keep == 1 else 2.5 + 2 * 15 / 100)  # rows that came while two older ones were kept
+    assert max(n_segments) > 3
+    assert_rows_come_back(buffer, checkpoint, make)
+    for path in store.find():
+        read_checkpoint(path)
+
+
+def test_many_small_segments_become_one(tmp_path):
+    rng = np.random.default_rng(0)
+    buffer, store = make_buffer(200, n_envs=1), CheckpointStore(tmp_path, 1)
+    n_segments = []
+    for _ in range(140):
+        add_rows(buffer, [0], rng)
+        checkpoint = read_checkpoint(store.write(0, {}, {}, buffer))
+        n_segments.append(len(checkpoint.segments))
+    assert n_segments[:66] == [*range(1, 65), 1, 2] and max(n_segments) == 64
+    assert_rows_come_back(buffer, checkpoint, lambda: make_buffer(200, n_envs=1))
+
+
+def test_a_kill_at_any_moment_of_a_compaction_loses_nothing(tmp_path, monkeypatch):
+    """Whatever the last thing was that reached the disk: all checkpoints that are seen are whole."""
+
+    class Kill(BaseException):
+        """What no code cleans up after."""
+
+    rng = np.random.default_rng(0)
+    buffer, store = make_buffer(40, n_envs=1), CheckpointStore(tmp_path / "folder", 2)
+    row_bytes = buffer._rows.itemsize * buffer._rows.shape[1]
+    # 30 rows of task 0 and 10 of task 1, which stay; then 10 of task 0 each time. The fifth checkpoint would need files with
+    # 40 + 4 * 10 rows for the 40 + 10 that are held
+    for tasks in ([0] * 30 + [1] * 10, [0] * 10, [0] * 10, [0] * 10):
+        for task in tasks:
+            add_rows(buffer, [task], rng)
+        store.write(0, {}, {}, buffer)
+    for _ in range(10):
+        add_rows(buffer, [0], rng)
+    assert len(read_checkpoint(store.find()[-1]).segments) == 4
+    n_calls = kill_at = 0
+
+    def killing(function):
+        def call(*args, **kwargs):
+            nonlocal n_calls
+            n_calls += 1
+            if n_calls > kill_at:
+                raise Kill  # and so does all that would clean up
+            return function(*args, **kwargs)
+
+        return call
+
+    calls = [(os, "fsync"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree"), (Path, "mkdir")]
+    n_kills = 0
+    for kill_at in range(99):
+        copy = tmp_path / str(kill_at)
+        shutil.copytree(tmp_path / "folder", copy)
+        victim = CheckpointStore(copy, 2)
+        victim.go_on_from(read_checkpoint(victim.find()[-1]), buffer)
+        n_calls = 0
+        with monkeypatch.context() as patch:
+            for owner, name in calls:
+                patch.setattr(owner, name, killing(getattr(owner, name)))
+            try:
+                path = victim.write(99, {}, {"a": lambda file: file.write(b"a")}, buffer)
+            except Kill:
+                path = None
+        n_kills += path is None
+        survivors = CheckpointStore(copy, 2)
+        assert len(survivors.find()) >= 2
+        for found in survivors.find():
+            read_checkpoint(found)
+        survivors.clean_up()
+        for found in survivors.find():
+            read_checkpoint(found)
+        if path is not None:
+            break
+    assert n_kills > 8 and path is not None
+    (segment,) = read_checkpoint(path).segments
+    assert segment.entry.n_bytes == 50 * row_bytes
 
 
 def test_what_a_crash_left_behind_is_removed(checkpoints, tmp_path):
@@ -572,7 +792,7 @@ def test_what_a_crash_left_behind_is_removed(checkpoints, tmp_path):
     (tmp_path / "copy" / ".writing_5").mkdir()
     (tmp_path / "copy" / ".writing_5" / "model.zip").touch()
     (tmp_path / "copy" / ".removed_checkpoint_000001_15_steps").mkdir()
-    (tmp_path / "copy" / "rows" / "000005.f32").touch()
+    (tmp_path / "copy" / ROWS / "segment_000005.f32").touch()
     before = sorted(path.relative_to(checkpoints) for path in checkpoints.rglob("*"))
     assert learn(tmp_path / "copy", 60).num_timesteps == 60  # it had come to its end
     assert sorted(path.relative_to(tmp_path / "copy") for path in (tmp_path / "copy").rglob("*")) == before
@@ -657,6 +877,12 @@ def test_products_are_computed_as_before_the_stop(tmp_path, monkeypatch):
     assert cpu_tuning.uses_onednn() is not own_choice
     learn(tmp_path, 60)
     assert cpu_tuning.uses_onednn() is own_choice
+    # It is not only said so
+    entered = []
+    monkeypatch.setattr(cpu_tuning, "_onednn_matmul", lambda: contextlib.nullcontext(entered.append(True)))
+    monkeypatch.setattr(cpu_tuning, "_matmul_backend", lambda: th.backends.mkldnn)
+    with cpu_tuning.fast_matmul():
+        assert bool(entered) is own_choice
 
 
 def test_a_training_that_a_callback_stops_keeps_its_last_whole_checkpoint(tmp_path):
@@ -668,6 +894,25 @@ def test_a_training_that_a_callback_stops_keeps_its_last_whole_checkpoint(tmp_pa
     model.learn(90, callback=[MultiTaskCheckpointCallback(5, tmp_path), Stop()])
     # SB3 stops it before the transition is stored; 45 is the last point at which all was
     assert model.last_checkpoint.endswith("_45_steps") and len(find(tmp_path)) == 3
+
+
+def test_an_interrupt_after_the_rename_costs_no_rows(tmp_path, monkeypatch):
+    buffer, store = make_buffer(11, n_envs=1), CheckpointStore(tmp_path, 3)
+    add_rows(buffer, [0], np.random.default_rng(0))
+    rename = Path.rename
+
+    def rename_and_interrupt(path, target):
+        rename(path, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.write(1, {}, {}, buffer)
+    (path,) = store.find()
+    assert len(read_checkpoint(path).segments) == 1
+    read_checkpoint(store.write(2, {}, {}, buffer))
+    read_checkpoint(path)
 
 
 def test_learning_on_in_the_same_process(tmp_path):

@@ -25,7 +25,7 @@ from benchmarks.speed.prioritized import fill
 from benchmarks.speed.random_tasks import RandomTasksEnv
 from sb3_mtrl import MTSAC, STARSSAC, PaCoSAC
 from sb3_mtrl.common.checkpoint import MultiTaskCheckpointCallback
-from sb3_mtrl.common.checkpoint_store import CheckpointStore
+from sb3_mtrl.common.checkpoint_store import ROWS, CheckpointStore
 from sb3_mtrl.common.vec_env import VecTaskAssignment
 
 NUM_TASKS = 10
@@ -79,7 +79,7 @@ def measure(algorithm: type[MTSAC], n_rows: int, n_new_rows: int, rounds: int, f
         seconds = timed(lambda: callback._save(at_rollout_start=True))
         checkpoint = Path(str(model.last_checkpoint))
         # Its rows are in the folder beside it
-        rows = max((folder / "ours" / "rows").iterdir()).stat().st_size / 1e6
+        rows = max((folder / "ours" / ROWS).iterdir()).stat().st_size / 1e6
         assert size_mb(folder / "ours") > before
         sizes[f"checkpoint, {n_new_rows} new rows"] = size_mb(checkpoint) + rows
         return seconds

@@ -131,7 +131,6 @@ class MultiTaskCheckpointCallback(BaseCallback):
             return
         self._has_started = True
         self._store.lock()
-        self._store.clean_up()
         checkpoint = self._find_checkpoint()
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -142,6 +141,7 @@ class MultiTaskCheckpointCallback(BaseCallback):
             _state_bytes(state)  # what cannot be pickled is to be known now, not after hours
             for what, environment in state["environments"]:
                 self._warn_if_not_exact(what, environment["reason"])
+        self._store.clean_up()
 
     def _on_rollout_start(self) -> None:
         if self._at_rollout_start is not None:

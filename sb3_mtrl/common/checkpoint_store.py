@@ -5,8 +5,9 @@ A checkpoint is a folder ``checkpoint_<number>_<time steps>_steps``. It is writt
 it has reached the disk, so whoever sees it sees it whole. Its ``manifest.json`` holds size and SHA-256 of every file and of
 itself.
 
-Rows of the replay buffer, by far the largest part, lie in the folder ``rows`` beside the checkpoints: each checkpoint adds one
-segment with the rows that came since the last one, and refers to the earlier segments that hold rows which it needs.
+Rows of the replay buffer, by far the largest part, lie in the folder ``replay_rows`` beside the checkpoints: each checkpoint
+adds one segment with the rows that came since the last one, and refers to the earlier segments that hold rows which it needs.
+Where these hold too many rows that were overwritten since, it writes all rows into one segment of its own.
 """
 
 import contextlib
@@ -31,11 +32,17 @@ except ImportError:  # Windows
 # Counted up when a checkpoint of before can no longer be read
 FORMAT = 1
 MANIFEST = "manifest.json"
-ROWS = "rows"
+ROWS = "replay_rows"
+# All rows are written anew when a checkpoint would need more segments than this, or more bytes per byte that is held: rows of
+# a task that comes seldom stay for long, and would keep on the disk what came with them
+MAX_SEGMENTS = 64
+MAX_BYTES_PER_HELD = 1.5
 CHUNK = 1 << 22  # bytes that are read at a time
 _NAME = re.compile(r"checkpoint_(\d+)_(\d+)_steps")
+_SEGMENT_NAME = re.compile(r"segment_\d{6,}\.f32")
 # What a crash may leave behind: a checkpoint that is being written, and one that is being removed
 _UNFINISHED, _REMOVED = ".writing_", ".removed_"
+_LEFTOVER = re.compile(rf"{re.escape(_UNFINISHED)}(\d+|probe)|{re.escape(_REMOVED)}{_NAME.pattern}")
 _LOCK = ".lock"
 
 
@@ -159,7 +166,6 @@ class CheckpointStore:
         # Rows on disk: of which buffer (segments of another one are of no use), and where
         self._buffer: MultiTaskReplayBuffer | None = None
         self._segments: list[Segment] = []
-        self._kept: list[pathlib.Path] = []
         self._lock: Any = None
         try:
             (self.folder / ROWS).mkdir(parents=True, exist_ok=True)
@@ -195,11 +201,12 @@ class CheckpointStore:
         self._lock = file
 
     def clean_up(self) -> None:
-        """Remove what a crash has left behind."""
+        """Remove what a crash has left behind; to be called when it is known which checkpoint to go on from."""
         for path in self.folder.iterdir():
-            if path.name.startswith((_UNFINISHED, _REMOVED)):
+            if _LEFTOVER.fullmatch(path.name) and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-        self._remove_unused_segments()
+        with contextlib.suppress(OSError):
+            self._remove_unused_segments()
 
     def go_on_from(self, checkpoint: Checkpoint, buffer: MultiTaskReplayBuffer | None) -> None:
         """
@@ -208,11 +215,15 @@ class CheckpointStore:
         :param checkpoint: The checkpoint
         :param buffer: The replay buffer that holds its rows now
         """
-        if checkpoint.path.parent.resolve() != self.folder.resolve():
-            return  # its rows lie somewhere else: the next checkpoint writes them all
-        self._buffer, self._segments = buffer, checkpoint.segments
-        number = _number(checkpoint.path)
-        self._kept = [path for path in self.find() if _number(path) <= number]
+        if self.holds(checkpoint.path):  # else its rows lie somewhere else: the next checkpoint writes them all
+            self._buffer, self._segments = buffer, checkpoint.segments
+
+    def holds(self, path: pathlib.Path) -> bool:
+        """
+        :param path: Folder of a checkpoint
+        :return: Whether it lies in this folder
+        """
+        return path.parent.resolve() == self.folder.resolve()
 
     def write(
         self,
@@ -230,10 +241,12 @@ class CheckpointStore:
         :param buffer: Replay buffer whose rows it holds; None without
         :return: Its folder
         :raises OSError: if it cannot be written
+        :raises MemoryError: if there is too little memory to do so
         """
         number = 1 + max(map(_number, self.find()), default=0)
+        path = self.folder / f"checkpoint_{number:06d}_{timesteps}_steps"
         unfinished = self.folder / f"{_UNFINISHED}{number}"
-        segment_path = self.folder / ROWS / f"{number:06d}.f32"
+        segment_path = self.folder / ROWS / f"segment_{number:06d}.f32"
         try:
             unfinished.mkdir()
             segments = [] if buffer is None else self._write_rows(segment_path, buffer)
@@ -250,17 +263,16 @@ class CheckpointStore:
                 "segments": segments,
             }
             with HashingFile(unfinished / MANIFEST) as file:
-                file.write(json.dumps({"content": content, "sha256": _digest(content)}, indent=1).encode())
+                file.write(json.dumps({"content": content, "sha256": _digest(content)}).encode())
             _sync_folder(unfinished)
-            path = self.folder / f"checkpoint_{number:06d}_{timesteps}_steps"
             unfinished.rename(path)
         except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                segment_path.unlink(missing_ok=True)
+            if not path.exists():  # an interrupt may come when the checkpoint is there already, and needs its segment
+                shutil.rmtree(unfinished, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    segment_path.unlink(missing_ok=True)
             raise
         self._buffer, self._segments = buffer, segments
-        self._kept.append(path)
         with contextlib.suppress(OSError):  # the checkpoint is there; what is not removed now is at the next start
             _sync_folder(self.folder)
             self._remove_old()
@@ -270,10 +282,15 @@ class CheckpointStore:
         """Write the rows that no segment holds; return the segments of all rows that the buffer holds."""
         held = buffer.row_numbers()
         segments = self._segments if self._buffer is buffer else []
-        segments = [segment for segment in segments if np.any(np.array(segment.ranges)[:, 1] > held[:, 0])]
+        segments = [segment for segment in segments if _holds_any(np.array(segment.ranges), held)]
         starts = np.maximum(held[:, 0], np.array(segments[-1].ranges)[:, 1] if segments else 0)
         if np.array_equal(starts, held[:, 1]):
             return segments
+        row_bytes = buffer.row_blocks(0, 0, 1)[0].nbytes
+        n_bytes = sum(segment.entry.n_bytes for segment in segments) + row_bytes * int((held[:, 1] - starts).sum())
+        n_held_bytes = row_bytes * int((held[:, 1] - held[:, 0]).sum())
+        if len(segments) >= MAX_SEGMENTS or n_bytes > MAX_BYTES_PER_HELD * n_held_bytes:
+            segments, starts = [], held[:, 0]
         with HashingFile(path) as file:
             for task, (start, end) in enumerate(zip(starts.tolist(), held[:, 1].tolist(), strict=True)):
                 for block in buffer.row_blocks(task, start, end):
@@ -283,22 +300,26 @@ class CheckpointStore:
         return [*segments, Segment(path.name, file.entry, ranges)]
 
     def _remove_old(self) -> None:
-        for path in self._kept[: -self.keep]:
-            # Renamed first: half of a checkpoint must not look like one
-            removed = self.folder / f"{_REMOVED}{path.name}"
-            if path.exists():
+        # What cannot be read, or belongs to a branch that was given up, goes when so many newer ones are there, not before
+        readable = [path for path in self.find() if _try_to_read_manifest(path) is not None]
+        first_kept = _number(readable[-self.keep]) if len(readable) >= self.keep else 0
+        for path in self.find():
+            if _number(path) < first_kept:
+                # Renamed first: half of a checkpoint must not look like one
+                removed = self.folder / f"{_REMOVED}{path.name}"
                 path.rename(removed)
                 shutil.rmtree(removed)
-        self._kept = self._kept[-self.keep :]
         self._remove_unused_segments()
 
     def _remove_unused_segments(self) -> None:
         used: set[str] = set()
         for path in self.find():
-            with contextlib.suppress(BrokenCheckpointError):
-                used.update(segment.name for segment in read_manifest(path).segments)
+            checkpoint = _try_to_read_manifest(path)
+            if checkpoint is None:
+                return  # whatever it refers to may be wanted when it can be read again
+            used.update(segment.name for segment in checkpoint.segments)
         for path in (self.folder / ROWS).iterdir():
-            if path.name not in used:
+            if _SEGMENT_NAME.fullmatch(path.name) and path.name not in used and path.is_file() and not path.is_symlink():
                 path.unlink()
 
 
@@ -345,6 +366,18 @@ def read_manifest(path: pathlib.Path) -> Checkpoint:
         {name: FileEntry(*entry) for name, entry in content["files"].items()},
         [Segment(name, FileEntry(*entry), ranges) for name, entry, ranges in content["segments"]],
     )
+
+
+def _try_to_read_manifest(path: pathlib.Path) -> Checkpoint | None:
+    try:
+        return read_manifest(path)
+    except BrokenCheckpointError:
+        return None
+
+
+def _holds_any(ranges: np.ndarray, held: np.ndarray) -> bool:
+    """Whether a segment with these ranges ``(T, 2)`` has rows that are held ``(T, 2)``."""
+    return bool(np.any(np.maximum(ranges[:, 0], held[:, 0]) < np.minimum(ranges[:, 1], held[:, 1])))
 
 
 def _check_file(path: pathlib.Path, entry: FileEntry) -> None:
