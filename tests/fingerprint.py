@@ -24,7 +24,8 @@ from sb3_mtrl.common.checkpoint import iter_callbacks
 # Of the process or its clock, and what is compared by itself
 NOT_COMPARED = {
     *("start_time", "_num_timesteps_at_start", "last_checkpoint", "_store", "_saved_timesteps", "_has_started", "_root"),
-    *("_at_rollout_start", "_is_due", "save_path", "log_path", "best_model_save_path", "folder", "seed", "resume"),
+    *("_at_rollout_start", "_is_due", "_n_updates_in_rollout", "_inexact"),
+    *("save_path", "log_path", "best_model_save_path", "folder", "seed", "resume"),
     *("locals", "globals", "model", "parent", "policy_class", "replay_buffer_class", "batch_norm_stats_target"),
     *("_spoilt_rows", "_rollout_rewards"),  # of one update, which sets them first
     "timesteps",  # of the callback that ends a training

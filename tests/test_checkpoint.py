@@ -24,7 +24,7 @@ from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_mtrl import CMTASAC, MTSAC, STARSSAC, TSACSAC, PaCoSAC, make_multi_task_vec_env
-from sb3_mtrl.common import checkpoint_store, cpu_tuning
+from sb3_mtrl.common import checkpoint, checkpoint_store, cpu_tuning
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.callbacks import (
     LossMaskoutCallback,
@@ -478,6 +478,19 @@ def test_other_settings_and_versions_are_named(checkpoints, tmp_path, monkeypatc
     assert model.actor.optimizer.param_groups[0]["lr"] == 0.5
 
 
+def test_settings_that_are_no_numbers_are_named_too(checkpoints, tmp_path):
+    shutil.copytree(checkpoints, tmp_path / "copy")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learn(tmp_path / "copy", 66)
+    assert not [warning for warning in caught if "goes on with" in str(warning.message)]
+    message = (
+        r"goes on with .*replay_buffer_kwargs=\{.*'alpha': 0.3.*train_freq=TrainFreq\(frequency=4.* \(before: .*frequency=1"
+    )
+    with pytest.warns(UserWarning, match=message):
+        learn(tmp_path / "copy", 90, train_freq=4, replay_buffer_kwargs=dict(alpha=0.3))
+
+
 def test_resume_takes_none_and_a_path(checkpoints, tmp_path):
     with pytest.raises(ValueError, match=r"without checkpoints with resume=None, got .* holds checkpoint_000004_60_steps"):
         learn(checkpoints, 90, resume=None)
@@ -488,6 +501,9 @@ def test_resume_takes_none_and_a_path(checkpoints, tmp_path):
     assert differences(expected, fingerprint(model)) == []
     read_checkpoint(find(tmp_path / "other")[-1])
     assert [path.name[-8:] for path in find(checkpoints)] == ["30_steps", "45_steps", "60_steps"]
+    # A restart would begin there again, beside what came of it
+    with pytest.raises(ValueError, match=r"without checkpoints where resume=.*_45_steps' lies elsewhere, got .*/other, which"):
+        learn(tmp_path / "other", 90, resume=middle)
     with pytest.raises(BrokenCheckpointError, match=r"nowhere/manifest.json: No such file"):
         learn(tmp_path / "third", 90, resume=tmp_path / "nowhere")
 
@@ -522,6 +538,43 @@ def test_bad_arguments(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ full disks
+
+
+@pytest.mark.parametrize("where", ["_get_state", "_model_bytes"])
+def test_too_little_memory_costs_only_checkpoints(where, tmp_path, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    model, callback = make_model(MTSAC, learning_starts=20), MultiTaskCheckpointCallback(5, tmp_path)
+    model.learn(30, callback=callback)
+    with monkeypatch.context() as patch:
+        if where == "_get_state":
+            patch.setattr(callback, "_get_state", fail)
+        else:
+            patch.setattr(checkpoint, "_model_bytes", fail)
+        with pytest.warns(
+            UserWarning, match=r"at 45 steps cannot be written to .* \(MemoryError\); the last one is .*_30_steps"
+        ):
+            model.learn(18, callback=callback, reset_num_timesteps=False)
+    assert model.num_timesteps == 48 and len(find(tmp_path)) == 2 and not list(tmp_path.glob(".[wr]*"))
+    model.learn(12, callback=callback, reset_num_timesteps=False)
+    assert read_checkpoint(find(tmp_path)[-1]).timesteps == 60
+
+
+def test_a_state_that_can_no_longer_be_taken_is_said_once(tmp_path):
+    class Lock(BaseCallback):
+        """From some time on the environments hold what cannot be pickled."""
+
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 30:
+                for env in self.training_env.unwrapped.envs:
+                    env.unwrapped.lock = threading.Lock()
+            return True
+
+    model = make_model(MTSAC, learning_starts=20)
+    with pytest.warns(UserWarning) as caught:
+        model.learn(75, callback=[Lock(), MultiTaskCheckpointCallback(5, tmp_path)])
+    assert sum("cannot hold the state of the training environment" in str(warning.message) for warning in caught) == 1
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint at .* cannot be written", "ignore:the checkpoint holds something of")
@@ -894,6 +947,24 @@ def test_a_training_that_a_callback_stops_keeps_its_last_whole_checkpoint(tmp_pa
     model.learn(90, callback=[MultiTaskCheckpointCallback(5, tmp_path), Stop()])
     # SB3 stops it before the transition is stored; 45 is the last point at which all was
     assert model.last_checkpoint.endswith("_45_steps") and len(find(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("total", [90, 51])
+def test_an_interrupted_update_is_not_published(total, tmp_path, monkeypatch):
+    model, callback = make_model(MTSAC, learning_starts=20), MultiTaskCheckpointCallback(5, tmp_path)
+    update_targets = MTSAC._update_target_networks
+
+    def interrupt(self):
+        if self.num_timesteps >= 51:
+            raise KeyboardInterrupt
+        update_targets(self)
+
+    monkeypatch.setattr(MTSAC, "_update_target_networks", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(total, callback=callback)
+    callback.on_training_end()  # as RL Zoo does, also when the interrupt came in the last update of all
+    assert model.num_timesteps == 51 and model.last_checkpoint.endswith("_45_steps")
+    assert find(tmp_path)[-1].name.endswith("_45_steps")
 
 
 def test_an_interrupt_after_the_rename_costs_no_rows(tmp_path, monkeypatch):

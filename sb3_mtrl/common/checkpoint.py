@@ -10,6 +10,7 @@ import random
 import time
 import warnings
 from collections.abc import Iterator
+from enum import Enum
 from importlib.metadata import version
 from typing import Any
 
@@ -65,7 +66,8 @@ class MultiTaskCheckpointCallback(BaseCallback):
     the state of an environment cannot be taken a warning says so; episodes are begun anew then.
 
     It is written at the start of a rollout, when all updates are made, the first time after every ``save_freq`` calls, and at
-    the end of the training. If that fails (the disk is full), a warning says so, older checkpoints stay, and training goes on.
+    the end of a training that has come to its end. If that fails (the disk or the memory is full), a warning says so, older
+    checkpoints stay, and training goes on.
 
     Callbacks are recognised by class and order. What is restored of one is all that can be pickled, but for attributes with
     the name of an argument of its constructor: arguments are those of the program that goes on.
@@ -76,7 +78,9 @@ class MultiTaskCheckpointCallback(BaseCallback):
     :param save_path: Folder of the checkpoints, for this training alone
     :param keep: Number of last checkpoints to keep, at least 1
     :param resume: None: start anew, ``save_path`` must not hold checkpoints. "auto": go on from the newest whole checkpoint
-        in ``save_path``, start anew if there is none. A path: go on from the checkpoint in this folder
+        in ``save_path``, start anew if there is none. A path: go on from the checkpoint in this folder; each start begins
+        there again, so use "auto" to restart. Where it does not lie in ``save_path`` that must not hold checkpoints; where it
+        does, newer ones stay until ``keep`` others are newer
     :param verbose: Verbosity level: 1 names what is written or restored
     :raises ValueError: for a bad argument, or if ``save_path`` cannot be written to; when training starts, if another process
         trains there, if the folder holds checkpoints but none is whole, or if the checkpoint is of other networks, tasks,
@@ -107,6 +111,8 @@ class MultiTaskCheckpointCallback(BaseCallback):
         self._is_due = False
         self._is_in_rollout = False
         self._saved_timesteps: int | None = None  # of the last checkpoint
+        self._n_updates_in_rollout = 0  # made when the last rollout ended
+        self._inexact: set[str] = set()  # environments of which a warning has said that their state cannot be taken
         self._root: BaseCallback = self  # of the tree of callbacks
         # What the first rollout draws before the moment at which the checkpoint was written is taken back
         self._at_rollout_start: dict[str, Any] | None = None
@@ -157,10 +163,19 @@ class MultiTaskCheckpointCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         self._is_in_rollout = False
+        self._n_updates_in_rollout = self.model._n_updates
 
     def _on_training_end(self) -> None:
-        # A callback that stops a training does so within a step, whose transition is lost then
-        if not self._is_in_rollout and self._saved_timesteps != self.model.num_timesteps:
+        # A callback that stops a training does so within a step, whose transition is lost then. RL Zoo also calls this after
+        # a KeyboardInterrupt, which may have come in the middle of an update
+        model = self.model
+        has_ended = not self._is_in_rollout and model.num_timesteps >= model._total_timesteps
+        waits_for_updates = (
+            model.num_timesteps > model.learning_starts
+            and model.gradient_steps != 0
+            and model._n_updates == self._n_updates_in_rollout
+        )
+        if has_ended and not waits_for_updates and self._saved_timesteps != model.num_timesteps:
             self._save(at_rollout_start=False)
 
     # -------------------------------------------------------------------- saving
@@ -169,7 +184,13 @@ class MultiTaskCheckpointCallback(BaseCallback):
         start = time.perf_counter()
         model, buffer = self.model, self.model.replay_buffer
         self._is_due = False
-        state = self._get_state()
+        try:
+            state = self._get_state()
+        except MemoryError as error:
+            self._warn_of_failure(error)
+            return
+        for what, environment in state["environments"]:
+            self._warn_if_not_exact(what, environment["reason"])
         description = {**self._describe(), "at_rollout_start": at_rollout_start}
         writers = {
             MODEL: lambda file: file.write(_model_bytes(model)),
@@ -180,18 +201,23 @@ class MultiTaskCheckpointCallback(BaseCallback):
             writers[FOREIGN_BUFFER] = lambda file: pickle.dump(buffer, file, pickle.HIGHEST_PROTOCOL)
         try:
             path = self._store.write(model.num_timesteps, description, writers, buffer if has_rings else None)
-        except OSError as error:
-            kept = f"the last one is {model.last_checkpoint}" if model.last_checkpoint else "there is none before it"
-            warnings.warn(
-                f"the checkpoint at {model.num_timesteps} steps cannot be written to {self.save_path} ({error}); {kept}. "
-                "Training goes on",
-                stacklevel=2,
-            )
+        except (OSError, MemoryError) as error:
+            self._warn_of_failure(error)
             return
         model.last_checkpoint = str(path)
         self._saved_timesteps = model.num_timesteps
         if self.verbose >= 1:
             print(f"Checkpoint: {path} ({time.perf_counter() - start:.2f} s)")
+
+    def _warn_of_failure(self, error: Exception) -> None:
+        last = self.model.last_checkpoint
+        kept = f"the last one is {last}" if last else "there is none before it"
+        reason = str(error) or type(error).__name__  # a MemoryError often says nothing
+        warnings.warn(
+            f"the checkpoint at {self.model.num_timesteps} steps cannot be written to {self.save_path} ({reason}); {kept}. "
+            "Training goes on",
+            stacklevel=3,
+        )
 
     def _describe(self) -> dict[str, Any]:
         """What a checkpoint must have in common with the model, and what rounding depends on."""
@@ -254,9 +280,15 @@ class MultiTaskCheckpointCallback(BaseCallback):
     # ----------------------------------------------------------------- restoring
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        if self.resume is not None and self.resume != "auto":
-            return read_checkpoint(pathlib.Path(self.resume))
         found = self._store.find()
+        if self.resume is not None and self.resume != "auto":
+            path = pathlib.Path(self.resume)
+            if found and not self._store.holds(path):
+                raise ValueError(
+                    f"save_path must be a folder without checkpoints where resume={str(path)!r} lies elsewhere, got "
+                    f"{self.save_path}, which holds {found[-1].name} (resume='auto' goes on from it)"
+                )
+            return read_checkpoint(path)
         if not found:
             return None
         if self.resume is None:
@@ -416,9 +448,9 @@ class MultiTaskCheckpointCallback(BaseCallback):
                     environments.append((f"{name} of {type(callback).__name__}", value))
         return environments
 
-    @staticmethod
-    def _warn_if_not_exact(what: str, reason: str | None) -> None:
-        if reason is not None:
+    def _warn_if_not_exact(self, what: str, reason: str | None) -> None:
+        if reason is not None and what not in self._inexact:
+            self._inexact.add(what)
             warnings.warn(
                 f"checkpoints cannot hold the state of {what} ({reason}): a training that goes on from one begins new "
                 "episodes, and is not exactly the one that it would have been",
@@ -482,15 +514,23 @@ def _picklable(values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _settings(model: Any) -> dict[str, Any]:
+def _settings(model: Any) -> dict[str, str]:
+    """Arguments of the model, as text: classes of the main program are others in each process."""
     names = sorted(constructor_arguments(type(model)) - set(_NOT_SETTINGS))
-    return {
-        name: getattr(model, name) for name in names if isinstance(getattr(model, name, ...), (int, float, str, type(None)))
-    }
+    return {name: repr(getattr(model, name)) for name in names if _is_plain(getattr(model, name, ...))}
 
 
-def _warn_of_settings(saved: dict[str, Any], own: dict[str, Any]) -> None:
-    changed = [f"{name}={own[name]!r} (before: {saved[name]!r})" for name in own if name in saved and saved[name] != own[name]]
+def _is_plain(value: Any) -> bool:
+    """Whether the text of a value says all of it, and nothing of its place in memory."""
+    if isinstance(value, dict):
+        return all(_is_plain(part) for entry in value.items() for part in entry)
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (int, float, str, type, Enum, type(None)))
+
+
+def _warn_of_settings(saved: dict[str, str], own: dict[str, str]) -> None:
+    changed = [f"{name}={own[name]} (before: {saved[name]})" for name in own if name in saved and saved[name] != own[name]]
     if changed:
         warnings.warn(f"the training goes on with {', '.join(changed)}", stacklevel=2)
 
