@@ -491,6 +491,38 @@ def test_settings_that_are_no_numbers_are_named_too(checkpoints, tmp_path):
         learn(tmp_path / "copy", 90, train_freq=4, replay_buffer_kwargs=dict(alpha=0.3))
 
 
+def test_arguments_of_callbacks_are_those_of_the_program(tmp_path):
+    def run(total, n_eval_episodes, window_size, log_path=None):
+        model = make_model(MTSAC, env=monitored_env(), learning_starts=20)
+        evaluation = MultiTaskEvalCallback(
+            monitored_env(), n_eval_episodes=n_eval_episodes, eval_freq=7, verbose=0, log_path=log_path
+        )
+        success = TaskSuccessCallback(window_size)
+        checkpoints = MultiTaskCheckpointCallback(5, tmp_path / f"checkpoints {log_path}", resume="auto")
+        model.learn(total, callback=[checkpoints, evaluation, success])
+        return evaluation, success
+
+    run(90, 3, 2)
+    evaluation, success = run(300, 7, 9)
+    assert evaluation.n_eval_episodes_per_task == 3 and len(evaluation.last_evaluation.rewards) == 9  # of three tasks
+    # Two episodes of each from before; 70 more steps of each hold nine new ones
+    assert [len(window) for window in success._rewards] == [9] * NUM_TASKS
+
+
+def test_evaluations_of_another_size_do_not_go_into_the_same_file(tmp_path):
+    def run(total, n_eval_episodes):
+        model = make_model(MTSAC, env=monitored_env(), learning_starts=20)
+        evaluation = MultiTaskEvalCallback(
+            monitored_env(), n_eval_episodes=n_eval_episodes, eval_freq=7, verbose=0, log_path=str(tmp_path / "log")
+        )
+        model.learn(total, callback=[MultiTaskCheckpointCallback(5, tmp_path, resume="auto"), evaluation])
+
+    run(60, 3)
+    with pytest.raises(ValueError, match=r"n_eval_episodes must stay 3, .* so far, .* got 6"):
+        run(90, 6)
+    run(90, 2)  # rounded up to three
+
+
 def test_resume_takes_none_and_a_path(checkpoints, tmp_path):
     with pytest.raises(ValueError, match=r"without checkpoints with resume=None, got .* holds checkpoint_000004_60_steps"):
         learn(checkpoints, 90, resume=None)

@@ -92,8 +92,8 @@ class TaskSuccessCallback(BaseCallback):
         if task_names == self.task_names:
             return  # learn() was called again: the windows go on
         self.task_names = task_names
-        self._successes = [deque(maxlen=self.window_size) for _ in task_names]
-        self._rewards = [deque(maxlen=self.window_size) for _ in task_names]
+        self._successes = [deque() for _ in task_names]
+        self._rewards = [deque() for _ in task_names]
 
     def _on_step(self) -> bool:
         finished = np.flatnonzero(self.locals["dones"])
@@ -107,9 +107,15 @@ class TaskSuccessCallback(BaseCallback):
     def _add_episode(self, info: Mapping[str, Any]) -> None:
         task_id = task_id_of_step(info, info.get("terminal_observation"), len(self.task_names))
         if info.get("is_success") is not None:
-            self._successes[task_id].append(float(info["is_success"]))
+            self._append(self._successes[task_id], float(info["is_success"]))
         if "episode" in info:
-            self._rewards[task_id].append(float(info["episode"]["r"]))
+            self._append(self._rewards[task_id], float(info["episode"]["r"]))
+
+    def _append(self, window: deque[float], value: float) -> None:
+        # Not left to the deque: one that comes from a checkpoint would keep the window size of before
+        window.append(value)
+        while len(window) > self.window_size:
+            window.popleft()
 
     def _is_recorded(self) -> bool:
         for prefix, windows in (("success_rate", self._successes), ("ep_rew_mean", self._rewards)):
@@ -202,8 +208,7 @@ class MultiTaskEvalCallback(EvalCallback):
         self.seed = seed
         self.num_tasks = get_num_tasks(self.eval_env)
         self.task_names = get_task_names(self.eval_env)
-        self.n_eval_episodes_per_task = -(-n_eval_episodes // self.num_tasks)
-        self.n_eval_episodes = self.n_eval_episodes_per_task * self.num_tasks
+        self.n_eval_episodes = -(-n_eval_episodes // self.num_tasks) * self.num_tasks
         if verbose >= 1 and self.n_eval_episodes != n_eval_episodes:
             print(
                 f"Evaluating {self.n_eval_episodes} instead of {n_eval_episodes} episodes: "
@@ -218,6 +223,11 @@ class MultiTaskEvalCallback(EvalCallback):
         self._task_mean_rewards: list[list[float]] = []
         self._task_success_rates: list[list[float]] = []
 
+    @property
+    def n_eval_episodes_per_task(self) -> int:
+        """Number of episodes of each task in an evaluation."""
+        return self.n_eval_episodes // self.num_tasks
+
     def _init_callback(self) -> None:
         super()._init_callback()
         num_tasks = get_num_tasks(self.training_env)
@@ -228,6 +238,16 @@ class MultiTaskEvalCallback(EvalCallback):
         is_continued = self.model.num_timesteps > 0 and not self.evaluations_timesteps
         if is_continued and self.log_path is not None and os.path.exists(f"{self.log_path}.npz"):
             self._load_evaluations(f"{self.log_path}.npz")
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        # Only now a training that is resumed has its evaluations
+        n_before = len(self.evaluations_results[0]) if self.evaluations_results else self.n_eval_episodes
+        if self.log_path is not None and n_before != self.n_eval_episodes:
+            raise ValueError(
+                f"n_eval_episodes must stay {n_before}, as in the evaluations so far, where these go on in one file, got "
+                f"{self.n_eval_episodes}"
+            )
 
     def _on_step(self) -> bool:
         if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:
