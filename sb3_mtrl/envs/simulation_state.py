@@ -1,5 +1,6 @@
 """The state of a simulation on MuJoCo, in the middle of an episode too."""
 
+import pickle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,50 @@ def set_simulation(env: Any, state: SimulationState) -> None:
     # What is computed from the state; this overwrites the acceleration that the solver starts from, so once more
     mujoco.mj_forward(env.model, env.data)
     mujoco.mj_setState(env.model, env.data, state.integration, kind)
+
+
+def get_full_simulation(env: Any) -> bytes:
+    """
+    :param env: A ``MujocoEnv`` of Gymnasium
+    :return: Its data, and its model, in which resets may change anything
+    """
+    return pickle.dumps(env.data)  # with its model
+
+
+def set_full_simulation(env: Any, state: bytes) -> None:
+    """
+    Also what the next step overwrites is restored: some environments read it before. Contacts and forces of constraints alone
+    are those of the state itself, until the next step.
+
+    :param env: A ``MujocoEnv`` of Gymnasium with a model of the same sizes
+    :param state: What ``get_full_simulation`` returned
+    """
+    import mujoco
+
+    data = pickle.loads(state)
+    model = data.model
+    _copy_arrays(model, env.model)
+    _copy_arrays(model.opt, env.model.opt)
+    for name in dir(model.opt):
+        if isinstance(value := getattr(model.opt, name), (int, float)):
+            setattr(env.model.opt, name, value)
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    integration = np.empty(mujoco.mj_stateSize(model, kind))
+    mujoco.mj_getState(model, data, integration, kind)
+    mujoco.mj_resetData(env.model, env.data)
+    mujoco.mj_setState(env.model, env.data, integration, kind)
+    mujoco.mj_forward(env.model, env.data)
+    _copy_arrays(data, env.data)
+
+
+def _copy_arrays(source: Any, destination: Any) -> None:
+    """In place, for views of them; those of contacts have sizes that change."""
+    for name in dir(source):
+        value = getattr(source, name)
+        if isinstance(value, np.ndarray) and value.flags.writeable:
+            own = getattr(destination, name)
+            if own.shape == value.shape:
+                own[...] = value
 
 
 def get_simulation_attributes(env: Any) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 The state of environments, in the middle of an episode too, for checkpoints of a training.
 
 An environment says itself what its state is with two methods, ``get_checkpoint_state()`` and ``set_checkpoint_state(state)``,
-as Meta-World's do here. Of any other all attributes are taken, of those on MuJoCo the state of the simulation instead of its
-model and data. Wrappers are taken attribute by attribute, but for what belongs to the process, such as open files.
+as Meta-World's do here. Of any other all attributes are taken, of those on MuJoCo model and data of the simulation, too.
+Wrappers are taken attribute by attribute, but for what belongs to the process, such as open files. What refers to one of the
+wrappers or to the environment in them refers to that of the new process afterwards.
 """
 
+import io
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -13,17 +15,19 @@ from typing import Any
 import cloudpickle
 import gymnasium as gym
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecMonitor
 
 from sb3_mtrl.common.utils import constructor_arguments
-from sb3_mtrl.envs.simulation_state import get_simulation, get_simulation_attributes, set_simulation
+from sb3_mtrl.envs.simulation_state import get_full_simulation, get_simulation_attributes, set_full_simulation
 
-# The wrapped environment, and what belongs to the process
-_NOT_STATE = ("env", "spec", "_cached_spec", "_metadata", "results_writer", "t_start")
+# What the constructor of a wrapper sets anew, and what belongs to the process
+_NOT_WRAPPER_STATE = ("env", "_cached_spec", "_metadata")
+_NOT_MONITOR_STATE = ("results_writer", "t_start")
 # Of every vector environment; what a step leaves behind is the learner's
 _VEC_ENV_STATE = ("_seeds", "_options", "reset_infos")
-_NOT_VEC_STATE = ("venv", "class_attributes", "num_envs", "metadata", "render_mode", "results_writer", "t_start")
+_NOT_VEC_STATE = ("venv", "class_attributes", "num_envs", "metadata", "render_mode")
 # What its worker sets on the outermost wrapper, which must be the monitor then
 _MONITOR_STATE = (
     *("rewards", "needs_reset", "episode_returns", "episode_lengths", "episode_times", "total_steps"),
@@ -46,7 +50,9 @@ def get_env_state(env: gym.Env) -> bytes:
     :return: Its state
     :raises StateNotAvailable: if an attribute cannot be pickled
     """
-    return pickle.dumps([(type(layer).__name__, _get_layer_state(layer)) for layer in _layers(env)])
+    layers = list(_layers(env))
+    references = _get_references(layers)
+    return pickle.dumps([(type(layer).__name__, _get_layer_state(layer, references)) for layer in layers])
 
 
 def set_env_state(env: gym.Env, state: bytes) -> None:
@@ -59,8 +65,9 @@ def set_env_state(env: gym.Env, state: bytes) -> None:
     names, expected = [type(layer).__name__ for layer in layers], [name for name, _ in states]
     if names != expected:
         raise ValueError(f"env must be made as when its state was saved, {' of '.join(expected)}, got {' of '.join(names)}")
+    references = _get_references(layers)
     for layer, (_, layer_state) in zip(layers, states, strict=True):
-        _set_layer_state(layer, pickle.loads(layer_state))
+        _set_layer_state(layer, _unpickle(layer_state, references))
 
 
 def _layers(env: gym.Env) -> Iterator[gym.Env]:
@@ -70,14 +77,30 @@ def _layers(env: gym.Env) -> Iterator[gym.Env]:
         yield env
 
 
-def _get_layer_state(layer: Any) -> bytes:
+def _has_simulation(layer: Any) -> bool:
+    is_base = not isinstance(layer, gym.Wrapper)
+    return is_base and hasattr(layer, "data") and type(layer.data).__module__.startswith("mujoco")
+
+
+def _get_references(layers: list[Any]) -> dict[str, Any]:
+    """What every process has its own of: states refer to it by these names."""
+    references: dict[str, Any] = {f"layer {index}": layer for index, layer in enumerate(layers)}
+    if _has_simulation(layers[-1]):
+        references.update(model=layers[-1].model, data=layers[-1].data)
+    return references
+
+
+def _get_layer_state(layer: Any, references: dict[str, Any]) -> bytes:
     if not isinstance(layer, gym.Wrapper) and hasattr(layer, "get_checkpoint_state"):
         state: dict[str, Any] = {"own": layer.get_checkpoint_state()}
-    elif hasattr(layer, "data") and type(layer.data).__module__.startswith("mujoco"):
-        state = {"simulation": get_simulation(layer), "attributes": get_simulation_attributes(layer)}
+    elif _has_simulation(layer):
+        state = {"simulation": get_full_simulation(layer), "attributes": get_simulation_attributes(layer)}
     else:
-        state = {"attributes": _attributes(layer, _NOT_STATE)}
-    return _pickle(layer, {**state, "generators": get_space_generators(layer)})
+        left_out: tuple[str, ...] = _NOT_WRAPPER_STATE if isinstance(layer, gym.Wrapper) else ()
+        if isinstance(layer, Monitor):
+            left_out += _NOT_MONITOR_STATE
+        state = {"attributes": _attributes(layer, left_out)}
+    return _pickle(layer, {**state, "generators": get_space_generators(layer)}, references)
 
 
 def _set_layer_state(layer: Any, state: dict[str, Any]) -> None:
@@ -85,7 +108,7 @@ def _set_layer_state(layer: Any, state: dict[str, Any]) -> None:
         layer.set_checkpoint_state(state["own"])
     else:
         if "simulation" in state:
-            set_simulation(layer, state["simulation"])
+            set_full_simulation(layer, state["simulation"])
         vars(layer).update(state["attributes"])
     if isinstance(layer, Monitor) and layer.results_writer is not None:
         _cut_monitor_file(layer.results_writer.file_handler.name, len(layer.episode_returns))
@@ -102,14 +125,50 @@ def _cut_monitor_file(path: str, n_episodes: int) -> None:
 
 
 def _attributes(layer: Any, left_out: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name, value in vars(layer).items() if name not in left_out and not isinstance(value, spaces.Space)}
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if name not in left_out and not isinstance(value, (spaces.Space, EnvSpec))
+    }
 
 
-def _pickle(layer: Any, state: dict[str, Any]) -> bytes:
+class _Pickler(cloudpickle.Pickler):
+    """Leaves out what every process has its own of, wherever it is referred to: a copy of it would be none that steps."""
+
+    def __init__(self, file: io.BytesIO, references: dict[str, Any]):
+        super().__init__(file)
+        self._names = {id(value): name for name, value in references.items()}
+
+    def persistent_id(self, obj: Any) -> str | None:
+        name = self._names.get(id(obj))
+        if name is None and isinstance(obj, (gym.Env, VecEnv)):
+            # gym.utils.EzPickle, for one, keeps nothing but the arguments of the constructor
+            own_way = getattr(type(obj), "__getstate__", None) is not getattr(object, "__getstate__", None)
+            if own_way or isinstance(obj, VecEnv):
+                raise TypeError(f"it holds another environment, a {type(obj).__name__}, which cannot be copied with its state")
+        return name
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, references: dict[str, Any]):
+        super().__init__(file)
+        self._references = references
+
+    def persistent_load(self, pid: str) -> Any:
+        return self._references[pid]
+
+
+def _pickle(layer: Any, state: dict[str, Any], references: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
     try:
-        return cloudpickle.dumps(state)
+        _Pickler(file, references).dump(state)
     except Exception as error:  # of whatever kind an unpicklable object raises
         raise StateNotAvailable(f"the state of {type(layer).__name__} cannot be pickled: {error}") from error
+    return file.getvalue()
+
+
+def _unpickle(state: bytes, references: dict[str, Any]) -> dict[str, Any]:
+    return _Unpickler(io.BytesIO(state), references).load()
 
 
 def _subspaces(space: spaces.Space) -> Iterator[spaces.Space]:
@@ -144,55 +203,75 @@ def set_space_generators(owner: Any, generators: dict[str, list[Any]]) -> None:
 def get_vec_env_state(venv: VecEnv) -> dict[str, Any]:
     """
     :param venv: A vector environment with all its wrappers
-    :return: Its state. ``reason`` is None, or says why that of the sub-environments is missing
+    :return: Its state. ``reason`` is None, or says why a part is missing, of a wrapper or of the sub-environments
     """
-    layers: list[tuple[str, bytes]] = []
-    while isinstance(venv, VecEnvWrapper):
-        layers.append((type(venv).__name__, _get_wrapper_state(venv)))
-        venv = venv.venv
-    base = {name: getattr(venv, name) for name in _VEC_ENV_STATE}
-    state: dict[str, Any] = {
-        "layers": layers,
-        "base": base,
-        "generators": get_space_generators(venv),
-        "envs": None,
-        "reason": None,
-    }
+    *wrappers, base = _vec_layers(venv)
+    references = _get_vec_references(venv)
+    layers: list[tuple[str, bytes | None]] = []
+    envs, reasons = None, []
+    for wrapper in wrappers:
+        wrapper_state = None
+        try:
+            wrapper_state = _get_wrapper_state(wrapper, references)
+        except StateNotAvailable as error:
+            reasons.append(str(error))
+        layers.append((type(wrapper).__name__, wrapper_state))
     try:
-        state["envs"] = _get_env_states(venv)
+        envs = _get_env_states(base)
     except StateNotAvailable as error:
-        state["reason"] = str(error)
-    return state
+        reasons.append(str(error))
+    return {
+        "layers": layers,
+        "base": {name: getattr(base, name) for name in _VEC_ENV_STATE},
+        "generators": get_space_generators(base),
+        "envs": envs,
+        "reason": "; ".join(reasons) or None,
+    }
 
 
 def set_vec_env_state(venv: VecEnv, state: dict[str, Any]) -> None:
     """
     :param venv: A vector environment that was made, and wrapped, as the one that the state is of
-    :param state: What ``get_vec_env_state`` returned. Where the sub-environments' part is missing they stay as they are
+    :param state: What ``get_vec_env_state`` returned. Wrappers and sub-environments whose part is missing stay as they are
     :raises ValueError: if it is wrapped otherwise
     """
-    wrappers: list[VecEnvWrapper] = []
-    while isinstance(venv, VecEnvWrapper):
-        wrappers.append(venv)
-        venv = venv.venv
+    *wrappers, base = _vec_layers(venv)
     names, expected = [type(wrapper).__name__ for wrapper in wrappers], [name for name, _ in state["layers"]]
     if names != expected:
         raise ValueError(
             f"the vector environment must be wrapped as when its state was saved, in {expected or 'nothing'}, "
             f"got {names or 'nothing'}"
         )
+    references = _get_vec_references(venv)
     for wrapper, (_, wrapper_state) in zip(wrappers, state["layers"], strict=True):
-        vars(wrapper).update(pickle.loads(wrapper_state))
+        if wrapper_state is not None:
+            vars(wrapper).update(_unpickle(wrapper_state, references))
     if state["envs"] is None:
         return
-    vars(venv).update(state["base"])
-    _set_env_states(venv, state["envs"])
-    set_space_generators(venv, state["generators"])
+    vars(base).update(state["base"])
+    _set_env_states(base, state["envs"])
+    set_space_generators(base, state["generators"])
 
 
-def _get_wrapper_state(wrapper: VecEnvWrapper) -> bytes:
+def _vec_layers(venv: VecEnv) -> Iterator[VecEnv]:
+    yield venv
+    while isinstance(venv, VecEnvWrapper):
+        venv = venv.venv
+        yield venv
+
+
+def _get_vec_references(venv: VecEnv) -> dict[str, Any]:
+    layers = list(_vec_layers(venv))
+    references: dict[str, Any] = {f"layer {index}": layer for index, layer in enumerate(layers)}
+    for number, env in enumerate(layers[-1].envs if isinstance(layers[-1], DummyVecEnv) else []):
+        references.update({f"env {number} layer {index}": layer for index, layer in enumerate(_layers(env))})
+    return references
+
+
+def _get_wrapper_state(wrapper: VecEnv, references: dict[str, Any]) -> bytes:
+    left_out = (*_NOT_VEC_STATE, *(_NOT_MONITOR_STATE if isinstance(wrapper, VecMonitor) else ()))
     # Arguments of its constructor are those of the program that goes on
-    return _pickle(wrapper, _attributes(wrapper, (*_NOT_VEC_STATE, *constructor_arguments(type(wrapper)))))
+    return _pickle(wrapper, _attributes(wrapper, (*left_out, *constructor_arguments(type(wrapper)))), references)
 
 
 def _get_env_states(venv: VecEnv) -> list[Any]:
