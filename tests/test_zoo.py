@@ -1,6 +1,7 @@
 """RL Zoo: the literal commands as subprocesses, the start-up hook, the hyperparameter files, the manager and tuning."""
 
 import contextlib
+import csv
 import importlib
 import io
 import os
@@ -8,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -30,6 +32,7 @@ import sb3_mtrl.train
 import sb3_mtrl.zoo
 from sb3_mtrl import PaCoSAC
 from sb3_mtrl.common.vec_env import SharedMemoryVecEnv, VecTaskAssignment, VecTaskNormalize
+from sb3_mtrl.train import merge_arguments
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.exp_manager import MultiTaskExperimentMixin, MultiTaskTrialEvalCallback
 from sb3_mtrl.zoo.report import VecTaskReport
@@ -604,3 +607,104 @@ def test_resume_goes_on_with_the_last_experiment(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"no experiment of --algo mtsac --env {ENV_ID} in .* has a checkpoint"):
         (tmp_path / "stopped" / "mtsac" / f"{ENV_ID}_1").mkdir(parents=True)
         sb3_mtrl_train("--algo", "mtsac", *folder("stopped")[2:], "--resume")
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """Folder of an experiment that was stopped at 225 of 240 steps, with a checkpoint at 150."""
+    return stop_training(tmp_path)
+
+
+def stop_training(folder: Path, *extra: str) -> Path:
+    importlib.import_module("tests.tiny_zoo_envs")
+    arguments = ["--gym-packages", "tests.tiny_zoo_envs", "-n", "240", "--save-freq", "150", "--eval-freq", "90", *extra]
+    arguments += ["--eval-episodes", "3", "--num-threads", "1", "--seed", "3", "-params", *TINY_NETS, "learning_starts:20"]
+    with crash_at(225):
+        zoo_train("--algo", "mtsac", "--env", ENV_ID, "-f", str(folder), *arguments)
+    return folder
+
+
+@contextlib.contextmanager
+def crash_at(steps: int) -> Iterator[None]:
+    update = sb3_mtrl.MTSAC.train
+
+    def failing_train(model: sb3_mtrl.MTSAC, *args: int, **kwargs: int) -> None:
+        if model.num_timesteps >= steps:
+            raise MemoryError
+        update(model, *args, **kwargs)
+
+    with mock.patch.object(sb3_mtrl.MTSAC, "train", failing_train), pytest.raises(MemoryError):
+        yield
+
+
+def resume(folder: Path, *arguments: str) -> str:
+    return sb3_mtrl_train("--algo", "mtsac", "--env", ENV_ID, "-f", str(folder), *arguments)
+
+
+def test_arguments_given_again_stay_and_hyperparameters_come_from_the_experiment(stopped: Path, monkeypatch) -> None:
+    experiment = stopped / "mtsac" / f"{ENV_ID}_1"
+    (stopped / "mtsac" / f"{ENV_ID}_2").mkdir()
+    with crash_at(320):
+        resume(stopped, "--resume", "1", "-n", "360", "-params", "tau:0.125")
+    # Another file of hyperparameters is none of a training that goes on
+    monkeypatch.setattr("sb3_mtrl.zoo.exp_manager.hyperparams_path", lambda algo: stopped / "other.yml")
+    output = resume(stopped, "--resume")
+    assert f"Resuming experiment {experiment} (newer, but without checkpoint: {ENV_ID}_2)" in output
+    model = sb3_mtrl.MTSAC.load(experiment / f"{ENV_ID}.zip", device="cpu")
+    assert model.num_timesteps == 360 and model.tau == 0.125
+    assert model.learning_starts == 20 and model.policy_kwargs["net_arch"] == [8]
+    assert "- n_timesteps\n    - 360\n" in (experiment / ENV_ID / "args.yml").read_text()
+    assert "- tau\n    - 0.125\n" in (experiment / ENV_ID / "config.yml").read_text()
+    with pytest.warns(UserWarning, match="has made its 360 of -n 360 steps: a larger -n"):
+        resume(stopped, "--resume=1")
+    with pytest.raises(FileNotFoundError, match="no experiment 2 of --algo mtsac"):
+        resume(stopped, "--resume", "2")
+
+
+def test_arguments_that_do_not_fit_are_not_kept(stopped: Path) -> None:
+    saved = stopped / "mtsac" / f"{ENV_ID}_1" / ENV_ID
+    before = {path.name: path.read_text() for path in saved.iterdir()}
+    with pytest.raises(ValueError, match="is of another training"):
+        resume(stopped, "--resume", "-params", "policy_kwargs:dict(net_arch=[16])")
+    assert {path.name: path.read_text() for path in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("vec_env", ["dummy", "subproc"])
+def test_rows_that_come_again_are_written_once(vec_env: str, tmp_path: Path) -> None:
+    experiment = stop_training(tmp_path, "--vec-env", vec_env) / "mtsac" / f"{ENV_ID}_1"
+    monitors = sorted(experiment.glob("*.monitor.csv"))
+    # Up to the crash 75 steps each, in episodes of 20; the checkpoint has 50
+    assert [len(path.read_text().splitlines()) - 2 for path in monitors] == [3, 3, 3]
+    resume(tmp_path, "--resume")
+    # 80 steps each; of the workers' environments the state is not known, so a third episode begins anew at 50
+    n_episodes = {"dummy": 4, "subproc": 3}[vec_env]
+    assert [len(path.read_text().splitlines()) - 2 for path in monitors] == [n_episodes] * 3
+    steps = []
+    for name in ("progress.csv", "progress_150.csv"):
+        with (experiment / name).open() as file:
+            steps += [int(row["time/total_timesteps"]) for row in csv.DictReader(file)]
+    assert 180 in steps and steps == sorted(set(steps))
+
+
+def test_merged_arguments() -> None:
+    before = [
+        "--env",
+        "E",
+        "-n",
+        "10",
+        "--gym-packages",
+        "a",
+        "b",
+        "--hyperparams",
+        "x:1",
+        "y:dict(z=-1)",
+        "-conf",
+        "c.yml",
+        "-P",
+    ]
+    again = ["--eval-freq", "-1", "-n", "20", "-params", "x:-2", "--env-kwargs=k:1"]
+    assert merge_arguments(before, again) == [
+        *("--env", "E", "--gym-packages", "a", "b", "-P", "--eval-freq", "-1", "-n", "20"),
+        *("-params", "x:-2", "y:dict(z=-1)", "--env-kwargs", "k:1"),
+    ]
+    assert merge_arguments(merge_arguments(before, again), again) == merge_arguments(before, again)

@@ -29,15 +29,24 @@ case. Several processes may work on one study (``--storage``, ``--study-name``):
 failed by the others, and ``--max-total-trials`` counts each trial once.
 """
 
+import contextlib
+import csv
+import io
 import json
 import os
 import sys
+import tempfile
 import traceback
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from pprint import pprint
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium as gym
 import optuna
+import yaml
 from gymnasium import spaces
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS, get_callback_list
@@ -97,6 +106,66 @@ class MultiTaskTrialEvalCallback(MultiTaskEvalCallback):
         return continue_training
 
 
+class GoOnCallback(BaseCallback):
+    """
+    When an experiment is resumed, and its checkpoint is restored: keep the arguments that it now has for the next time, and
+    take out of its tables what came after the checkpoint, which comes again.
+
+    :param manager: The manager of the experiment
+    """
+
+    def __init__(self, manager: "MultiTaskExperimentMixin"):
+        super().__init__()
+        self.manager = manager
+
+    def _on_training_start(self) -> None:
+        if self.manager.resume_folder is None:
+            return
+        steps, total = self.model.num_timesteps, self.manager.n_timesteps
+        if steps >= total:
+            warnings.warn(f"the experiment has made its {steps} of -n {total} steps: a larger -n trains it on", stacklevel=2)
+        self.manager.save_config_again()
+        folder = Path(self.manager.save_path)
+        for path in folder.glob("progress_*.csv"):
+            if int(path.stem.partition("_")[2]) >= steps:
+                path.unlink()  # begun at a checkpoint that is not the newest one any more
+        for path in folder.glob("progress*.csv"):
+            cut_table(path, 1, lambda row: float(row.get("time/total_timesteps") or 0) <= steps)
+        for path in folder.glob("*.monitor.csv"):
+            # Workers cannot be asked for their files; they append to them, wherever their end is now
+            length = 0
+
+            def came_before(row: dict[str, str]) -> bool:
+                nonlocal length
+                length += int(row["l"])
+                return length <= steps // self.training_env.num_envs
+
+            cut_table(path, 2, came_before)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def cut_table(path: Path, n_header_lines: int, keep: Callable[[dict[str, str]], bool]) -> None:
+    """
+    End a table before the first row that is not to be kept.
+
+    :param path: A CSV file
+    :param n_header_lines: Number of lines up to the names of the columns, which are in the last of them
+    :param keep: Whether to keep a row, given by names of columns
+    """
+    with path.open("r+", newline="") as file:
+        lines = [file.readline() for _ in range(n_header_lines)]
+        end = file.tell()
+        columns = next(csv.reader(lines[-1:]), [])
+        while line := file.readline():
+            row = next(csv.reader([line]))
+            if not line.endswith("\n") or len(row) != len(columns) or not keep(dict(zip(columns, row, strict=True))):
+                file.truncate(end)  # a row that was cut off by the stop, or one of later
+                return
+            end = file.tell()
+
+
 class MultiTaskExperimentMixin(ExperimentManager):
     """
     Placed before RL Zoo's ``ExperimentManager``, it acts where ``algo`` is one of ours. The parameters are those of
@@ -116,17 +185,19 @@ class MultiTaskExperimentMixin(ExperimentManager):
         self.tuning_objective = TUNING_OBJECTIVES[0]
         self.random_baseline = False
         self.eval_callback: MultiTaskEvalCallback | None = None
+        self._saved_hyperparams: dict[str, Any] = {}
         if self.is_multi_task_algorithm and kwargs.get("config") is None:
             self.config = str(hyperparams_path(algo))
 
     # ---------------------------------------------------------- hyperparameters
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        if self.is_multi_task_algorithm and self.config.endswith((".yml", ".yaml")):
+        goes_on = self.resume_folder is not None and self.args.conf_file is None
+        if self.is_multi_task_algorithm and self.config.endswith((".yml", ".yaml")) and not goes_on:
             check_config_file(Path(self.config), self.env_name.gym_id)
-        hyperparams, saved_hyperparams = super().read_hyperparameters()
+        hyperparams, saved_hyperparams = self._read_saved_hyperparameters() if goes_on else super().read_hyperparameters()
         if self.is_multi_task_algorithm:
-            if self.storage and self.study_name and self.trial_id == 0:
+            if self.storage and self.study_name and self.trial_id == 0 and not goes_on:
                 # RL Zoo takes number 0 for "no trial"
                 trial = self.load_trial(self.storage, self.study_name, 0)
                 trial.update(self.custom_hyperparams or {})
@@ -141,6 +212,19 @@ class MultiTaskExperimentMixin(ExperimentManager):
             if "batch_size" in (self.custom_hyperparams or {}):
                 hyperparams.pop("batch_size_per_task", None)
             hyperparams = self._resolve_num_tasks(hyperparams)
+        return hyperparams, saved_hyperparams
+
+    def _read_saved_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Those that the experiment to be continued was started with; the file that they came from may have changed since."""
+        path = Path(self.params_path, "config.yml")
+        print(f"Loading hyperparameters from: {path}")
+        # With types of Python; checkpoints are no safer
+        hyperparams = dict(yaml.load(path.read_text(), Loader=yaml.UnsafeLoader))
+        hyperparams.update(self.custom_hyperparams or {})
+        if "env_kwargs" in hyperparams and self.env_kwargs:
+            hyperparams["env_kwargs"] = self.env_kwargs
+        saved_hyperparams = OrderedDict(sorted(hyperparams.items()))
+        pprint(saved_hyperparams)
         return hyperparams, saved_hyperparams
 
     def _probe_env(self, env_kwargs: dict[str, Any]) -> bool:
@@ -249,6 +333,7 @@ class MultiTaskExperimentMixin(ExperimentManager):
                     self.save_freq, os.path.join(self.save_path, CHECKPOINT_FOLDER), resume="auto", verbose=self.verbose
                 )
             )
+        self.callbacks.append(GoOnCallback(self))
         self.callbacks.append(ProgressFileCallback(self.save_path))
         for index, callback in enumerate(self.callbacks[n_specified:], n_specified):
             if type(callback) is EvalCallback:
@@ -264,8 +349,27 @@ class MultiTaskExperimentMixin(ExperimentManager):
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
         if self.resume_folder is not None:
+            self._saved_hyperparams = saved_hyperparams
             print(f"Log path: {self.save_path}")
-            return  # it is there
+            return  # it is there; a checkpoint that does not fit to new arguments must not leave them behind
+        self._write_config(saved_hyperparams)
+
+    def save_config_again(self) -> None:
+        """
+        Save hyperparameters and arguments of an experiment that goes on, each file as a whole or not at all.
+        """
+        own_path = self.params_path
+        with tempfile.TemporaryDirectory(dir=own_path) as folder:
+            self.params_path = folder
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):  # it says what was said
+                    self._write_config(self._saved_hyperparams)
+            finally:
+                self.params_path = own_path
+            for path in Path(folder).iterdir():
+                os.replace(path, Path(own_path, path.name))
+
+    def _write_config(self, saved_hyperparams: dict[str, Any]) -> None:
         super()._save_config(saved_hyperparams)
         if self.is_multi_task_algorithm:
             (Path(self.params_path) / ARGUMENTS_FILE).write_text(json.dumps([*sys.argv[1:], "--seed", str(self.seed)]))
