@@ -9,6 +9,7 @@ process's own time on one thread, which other programs disturb least; cached mem
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import sb3_mtrl
 from benchmarks.speed.measure import Variants, machine_line, print_table, summarize, time_in_turns
 from benchmarks.speed.random_tasks import ACTION_DIM, OBS_DIM
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
+from sb3_mtrl.common.compositional import forward_groups
 from sb3_mtrl.common.cpu_tuning import fast_matmul, keep_freed_memory
 from sb3_mtrl.common.prioritized import SumTree, TaskPrioritizedReplayBuffer, apportion
 from sb3_mtrl.common.torch_layers import CompositionalLinear, CompositionalMLP
@@ -86,11 +88,13 @@ class CompositionalForms:
     A compositional network with two critics' worth of parameters, trained on a batch whose tasks have unequal numbers of rows.
 
     :param quotas: Rows of each task ``(T,)``
+    :param net_arch: Widths of its hidden layers
+    :param n_param_sets: Number of parameter sets K
     """
 
-    def __init__(self, quotas: np.ndarray, n_param_sets: int = 5, width: int = 400):
+    def __init__(self, quotas: np.ndarray, net_arch: Sequence[int] = (400, 400, 400), n_param_sets: int = 5):
         th.manual_seed(0)
-        dims = [OBS_DIM + ACTION_DIM, width, width, width, 1]
+        dims = [OBS_DIM + ACTION_DIM, *net_arch, 1]
         layers = [CompositionalLinear(dims[i], dims[i + 1], n_param_sets, n_networks=2) for i in range(len(dims) - 1)]
         self.network = CompositionalMLP(layers)
         self.w = th.nn.Parameter(th.randn(len(quotas), n_param_sets) / n_param_sets)
@@ -132,19 +136,29 @@ class CompositionalForms:
         composed = self.network.compose(self.w[group_tasks])
         return self.step(self.network.forward_composed(self.x.view(len(group_tasks), rows_per_group, -1), composed))
 
+    def groups_in_runs(self, rows_per_group: int) -> th.Tensor:
+        """The form that PaCo's layers use: groups of one task are joined again (on a GPU they are indexed)."""
+        group_tasks = self.task_ids[::rows_per_group]
+        x = self.x.view(len(group_tasks), rows_per_group, -1)
+        return self.step(forward_groups(self.network, x, self.network.compose(self.w), group_tasks))
+
     def mixed(self) -> th.Tensor:
         return self.step(self.network.forward_mixed(self.x, self.w[self.task_ids]))
 
 
-def measure_unequal_quotas(rounds: int, num_tasks: int = 10, batch_size: int = 1280) -> dict[str, Any]:
-    """Equal shares, and those of one task at 0 among solved ones; in groups of 64, so that every form gets the same rows."""
+def measure_unequal_quotas(
+    rounds: int, num_tasks: int, batch_size: int, net_arch: Sequence[int], group_sizes: Sequence[int]
+) -> dict[str, Any]:
+    """Equal shares, and those of one task at 0 among solved ones, in the largest groups: every form gets the same rows."""
     rho = np.array([1.0] + [0.1] * (num_tasks - 1))
-    hard = 64 * apportion(rho / rho.sum(), batch_size // 64, np.ones(num_tasks, dtype=np.int64))
+    largest = max(group_sizes)
+    hard = largest * apportion(rho / rho.sum(), batch_size // largest, np.ones(num_tasks, dtype=np.int64))
     tables = {}
     for name, quotas in (("equal", np.full(num_tasks, batch_size // num_tasks)), ("one_hard_task", hard)):
-        forms = CompositionalForms(quotas)
+        forms = CompositionalForms(quotas, net_arch)
         variants: Variants = {"one loop pass per task": forms.task_by_task, "padded to the longest": forms.padded}
-        for size in (16, 32, 64):
+        for size in group_sizes:
+            variants[f"groups of {size}, in runs"] = lambda size=size, forms=forms: forms.groups_in_runs(size)  # type: ignore[misc]
             variants[f"groups of {size}, indexed"] = lambda size=size, forms=forms: forms.groups_indexed(size)  # type: ignore[misc]
             variants[f"groups of {size}, composed"] = lambda size=size, forms=forms: forms.groups_composed(size)  # type: ignore[misc]
         variants["K outputs mixed"] = forms.mixed
@@ -152,7 +166,8 @@ def measure_unequal_quotas(rounds: int, num_tasks: int = 10, batch_size: int = 1
             losses = [float(variant()) for variant in variants.values()]
             np.testing.assert_allclose(losses, losses[0], rtol=1e-4)  # they are one function
             seconds = time_in_turns(variants, rounds, time.process_time)
-        title = f"forward + backward, 2 critics, K = 5, 3 x 400, rows of the tasks {quotas.tolist()}"
+        layers = " x ".join(map(str, net_arch))
+        title = f"forward + backward, 2 critics, K = 5, {layers}, rows of the tasks {quotas.tolist()}"
         tables[name] = {"quotas": quotas.tolist(), **print_table(title, summarize(seconds))}
     return tables
 
@@ -190,7 +205,8 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "replay_10_tasks": measure_replay(args.rounds, 10, 1280),
         "replay_50_tasks": measure_replay(args.rounds, 50, 6400, n_calls=10),
-        "unequal_quotas": measure_unequal_quotas(args.rounds),
+        "unequal_quotas": measure_unequal_quotas(args.rounds, 10, 1280, (400, 400, 400), (16, 32, 64)),
+        "unequal_quotas_small": measure_unequal_quotas(args.rounds, 5, 320, (128, 128), (4, 8, 16)),
         "drift": measure_drift(),
     }
     args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
