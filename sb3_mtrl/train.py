@@ -122,7 +122,9 @@ def main() -> None:
     register()
     from rl_zoo3.train import train
 
-    if any(argument.partition("=")[0] == "--resume" for argument in sys.argv[1:]):
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{(__doc__ or '').strip()}\n\nRL Zoo's arguments:\n")
+    elif any(argument.partition("=")[0] == "--resume" for argument in sys.argv[1:]):
         sys.argv[1:] = prepare_resume(sys.argv[1:])
     train()
 

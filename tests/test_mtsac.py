@@ -10,7 +10,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_mtrl import MTSAC, STARSSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.callbacks import LossMaskoutCallback, WResetCallback
 from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize
-from tests.models import NUM_TASKS, DropTasks, make_env, make_model, parameters_of
+from tests.models import ALGORITHMS, NUM_TASKS, DropTasks, make_env, make_model, parameters_of
 from tests.tiny_envs import PointTasksEnv
 
 
@@ -149,6 +149,13 @@ def test_warm_up_with_the_policy():
         deviations[warmup_actions] = (data.actions - mean).abs().mean().item()
     assert deviations["policy"] < 1e-3
     assert deviations["uniform"] > 0.1
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("log_interval", [0, -1, 2.5])
+def test_wrong_log_interval(algorithm, log_interval):
+    with pytest.raises(ValueError, match=f"log_interval must be .*, got {log_interval}"):
+        make_model(algorithm).learn(10, log_interval=log_interval)
 
 
 def test_per_task_values_are_logged_once_per_dump():

@@ -1,6 +1,7 @@
 """NaN and infinities of one task: what they reach, what is counted, and what is said of them."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -390,7 +391,28 @@ def test_steps_that_no_pass_makes_are_counted():
     counts = count_steps(model)
     model.train(1)
     assert counts == {"ent_coef": 1, "critic": 0, "actor": 0}
-    assert model.skipped_steps == 2 == logged(model)["train/skipped_steps"]
+    with pytest.warns(UserWarning, match=r"left out: steps of optimisers \(2\); train"):
+        recorded = logged(model)
+    assert model.skipped_steps == 2 == recorded["train/skipped_steps"]
+
+
+@pytest.mark.parametrize(
+    "refused, n_skipped, what",
+    [
+        ([0, 3, 1], 0, "transitions of the tasks point-1 (3), point-2 (1); train"),
+        ([0, 0, 0], 2, "steps of optimisers (2); train"),
+        ([2, 0, 0], 1, "transitions of the tasks point-0 (2) and steps of optimisers (1); train"),
+    ],
+)
+def test_warning_names_what_was_left_out_once(refused, n_skipped, what):
+    model = make_model(collect=6, on_nonfinite="mask")
+    model.replay_buffer.refused[:] = refused
+    model.skipped_steps.fill_(n_skipped)
+    with pytest.warns(UserWarning, match=re.escape(f"what was not finite was left out: {what}")):
+        logged(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logged(model)
 
 
 @pytest.mark.parametrize("fault, stepped", [("critic", ["ent_coef"]), ("actor", ["ent_coef", "critic"])])

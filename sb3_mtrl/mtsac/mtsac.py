@@ -1220,10 +1220,15 @@ class MTSAC(SAC):
             self.logger.record("train/skipped_steps", n_skipped)
         if (any(refused) or n_skipped) and not self._warned_of_nonfinite:
             self._warned_of_nonfinite = True
-            tasks = ", ".join(f"{name} ({n})" for name, n in zip(self.task_names, refused, strict=False) if n) or "none"
+            left_out = []
+            if any(refused):
+                tasks = ", ".join(f"{name} ({n})" for name, n in zip(self.task_names, refused, strict=True) if n)
+                left_out.append(f"transitions of the tasks {tasks}")
+            if n_skipped:
+                left_out.append(f"steps of optimisers ({n_skipped})")
             warnings.warn(
-                f"what was not finite was left out: transitions of the tasks {tasks}, {n_skipped} steps of optimisers; "
-                "train/refused_transitions and train/skipped_steps go on counting",
+                f"what was not finite was left out: {' and '.join(left_out)}; "
+                "train/refused_transitions and train/skipped_steps count them, without further warnings",
                 stacklevel=2,
             )
 
@@ -1270,6 +1275,12 @@ class MTSAC(SAC):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfMTSAC:
+        """
+        Train, see SB3's ``learn``.
+
+        :raises ValueError: if ``log_interval`` is neither a number of episodes nor None
+        """
+        check_integer("log_interval", log_interval, 1, or_none=True)  # SB3 divides by it when the first episode ends
         if self.overlap and self.env is not None:
             self._stepping_env, self._waiting_updates = UpdateWhileStepping(self.env, self._run_waiting_updates), []
         if self._tunes_cpu:
