@@ -37,7 +37,7 @@ from benchmarks.speed.measure import (
     summarize,
     time_in_turns,
 )
-from benchmarks.speed.peers import sbx_python
+from benchmarks.speed.peers import peer_python
 from benchmarks.speed.random_tasks import ACTION_DIM, OBS_DIM
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.cpu_tuning import bfloat16_probe
@@ -91,7 +91,7 @@ class Learners:
             if sbx is not None:
                 try:
                     arguments = [str(argument) for argument in sbx]
-                    command = [sbx_python(), "-m", "benchmarks.speed.sbx_learner", *arguments, self.clock]
+                    command = [peer_python("sbx"), "-m", "benchmarks.speed.sbx_learner", *arguments, self.clock]
                     started.append(Program(command, self.n_cores))
                     variants["SBX SAC (JAX)"] = lambda: started[-1].call("update")
                 except (RuntimeError, OSError) as e:

@@ -1,8 +1,9 @@
 """
 Speed of the Meta-World environments: ``python -m benchmarks.speed.simulator``.
 
-* one step and one reset, Meta-World's own code against the fast one, means over MT10, in CPU time of this process; "physics
-  alone" is what remains if everything but MuJoCo's step and forward pass is left out;
+* one step and one reset, Meta-World's own code against the fast one and EnvPool's simulation in C++ (installed below
+  ``.cache``, left out where that fails), means over MT10, in CPU time of the process; "physics alone" is what remains if
+  everything but MuJoCo's step and forward pass is left out;
 * one environment step in the vector environments on MT10, in wall-clock time, which needs a quiet machine, and in CPU time of
   this process and its workers (Linux).
 
@@ -14,6 +15,8 @@ import json
 import multiprocessing as mp
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,50 @@ import mujoco
 import numpy as np
 
 import sb3_mtrl
-from benchmarks.speed.measure import Variants, machine_line, report, time_in_turns
+from benchmarks.speed.measure import (
+    Program,
+    Table,
+    Variants,
+    machine_line,
+    print_table,
+    report,
+    summarize,
+    time_in_turns,
+)
+from benchmarks.speed.peers import peer_python
 from sb3_mtrl.common.vec_env import make_multi_task_vec_env
 from sb3_mtrl.envs import MetaWorldMultiTaskEnv, list_tasks
 
 TASKS = list_tasks("MT10")
 NO_END = 10**9
+N_STEPS = 100  # of each task per call, in CPU time
+
+
+@contextmanager
+def start_envpool() -> Iterator[Program | str]:
+    """EnvPool's program, or the reason why there is none."""
+    # "button-press-topdown-v3" is "ButtonPressTopdown-v3" there
+    names = ["".join(word.capitalize() for word in name.split("-")[:-1]) + "-v3" for name in TASKS]
+    try:
+        program = Program([peer_python("envpool"), "-m", "benchmarks.speed.envpool_simulator", str(N_STEPS), *names])
+    except (RuntimeError, OSError) as e:
+        yield str(e)
+        return
+    try:
+        yield program
+    finally:
+        program.close()
+
+
+def report_with_envpool(title: str, variants: Variants, rounds: int, units: int, envpool: Program | str, call: str) -> Table:
+    """Time variants of this process and a call of EnvPool's program in turns."""
+    skipped: Table = {}
+    if isinstance(envpool, Program):
+        variants = {**variants, "EnvPool": lambda: envpool.call(call)}
+    else:
+        skipped["EnvPool"] = {"skipped": envpool}
+    table = summarize(time_in_turns(variants, rounds, time.process_time), units)
+    return print_table(title, {**table, **skipped})
 
 
 def random_actions(*shape: int) -> np.ndarray:
@@ -62,8 +103,8 @@ def step_physics(env: MetaWorldMultiTaskEnv, actions: np.ndarray) -> None:
         mujoco.mj_forward(simulation.model, simulation.data)
 
 
-def measure_steps(rounds: int, n_steps: int = 100) -> dict[str, Any]:
-    actions = random_actions(n_steps)
+def measure_steps(rounds: int, envpool: Program | str) -> Table:
+    actions = random_actions(N_STEPS)
 
     def step_all(envs: list[MetaWorldMultiTaskEnv]) -> None:
         for env in envs:
@@ -76,18 +117,17 @@ def measure_steps(rounds: int, n_steps: int = 100) -> dict[str, Any]:
         "fast=True": lambda: step_all(fast),
         "physics alone": lambda: [step_physics(env, actions) for env in physics],
     }
-    seconds = time_in_turns(variants, rounds, time.process_time)
-    return report("one step, mean over MT10", seconds, n_steps * len(TASKS))
+    return report_with_envpool("one step, mean over MT10", variants, rounds, N_STEPS * len(TASKS), envpool, "step")
 
 
-def measure_resets(rounds: int) -> dict[str, Any]:
-    """To goals that were visited before, as nearly all of them are in a training."""
+def measure_resets(rounds: int, envpool: Program | str) -> Table:
+    """To goals that were visited before, as nearly all of them are in a training; EnvPool draws a new one each time."""
     stock, fast = make_envs(False), make_envs(True)
     variants: Variants = {
         "fast=False": lambda: [env.reset() for env in stock],
         "fast=True": lambda: [env.reset() for env in fast],
     }
-    return report("one reset, mean over MT10", time_in_turns(variants, rounds, time.process_time), len(TASKS))
+    return report_with_envpool("one reset, mean over MT10", variants, rounds, len(TASKS), envpool, "reset")
 
 
 def measure_vec_envs(rounds: int, n_steps: int = 50, n_workers: int | None = None) -> dict[str, Any]:
@@ -130,11 +170,9 @@ def measure(rounds: int, n_workers: int | None = None) -> dict[str, Any]:
     :param n_workers: Workers of the shared-memory vector environment; None for the number of cores
     :return: All tables
     """
-    return {
-        "step": measure_steps(rounds),
-        "reset": measure_resets(rounds),
-        "vec_env": measure_vec_envs(rounds, n_workers=n_workers),
-    }
+    with start_envpool() as envpool:
+        tables = {"step": measure_steps(rounds, envpool), "reset": measure_resets(rounds, envpool)}
+    return {**tables, "vec_env": measure_vec_envs(rounds, n_workers=n_workers)}
 
 
 def main() -> None:
