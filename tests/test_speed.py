@@ -1,13 +1,14 @@
 """The speed measurements: how they time, and what they make of it."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch as th
 
-from benchmarks.speed import run
+from benchmarks.speed import peers, run, simulator
 from benchmarks.speed.bare import BareMTSAC, MatrixProducts
 from benchmarks.speed.measure import Program, machine_line, print_table, summarize, time_in_turns
 from sb3_mtrl.mtsac.policies import sample_squashed_gaussian
@@ -192,3 +193,21 @@ def test_plot(tmp_path):
         {"machine": "a machine", "update": {"a": row, "b": {"skipped": "why"}}, "loop": {"c": row}}, tmp_path / "plot.png"
     )
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------- other libraries
+
+
+def test_a_library_that_cannot_be_installed_is_skipped_with_the_reason(monkeypatch, tmp_path, capsys):
+    def fail(*args, **kwargs):
+        raise subprocess.CalledProcessError(1, "pip", stderr="Collecting envpool\nERROR: no matching distribution\n")
+
+    monkeypatch.setattr(peers, "CACHE", tmp_path)
+    monkeypatch.setattr(peers.venv, "create", fail)
+    reason = "envpool>=1.2 cannot be installed: ERROR: no matching distribution"
+    with simulator.start_envpool() as envpool:
+        assert envpool == reason
+        table = simulator.report_with_envpool("steps", {"ours": lambda: None}, 2, 1, envpool, "step")
+    assert table["EnvPool"] == {"skipped": reason}
+    assert table["ours"]["rounds"] == 2
+    assert f"skipped: {reason}" in capsys.readouterr().out

@@ -23,7 +23,8 @@ PERFORMANCE_SOURCES = ("train", "eval")
 INITIAL_PRIORITY = 1.0
 # Largest group by default. Where a network copies or composes its parameters for each group (forms "indexed" and "composed"
 # in benchmarks/speed/prioritized.json), groups of 32 take 1.5 times as long as groups of 64, which follow the shares coarsely,
-# and groups of 16 more than twice as long. PaCo's layers do so on a GPU only.
+# and groups of 16 more than twice as long. PaCo's layers do so on a GPU only: on a CPU they join the groups of a task again
+# ("in runs"), and groups of 16, 32 and 64 take the same time.
 MAX_ROWS_PER_GROUP = 32
 
 
