@@ -559,6 +559,15 @@ def sb3_mtrl_train(*arguments: str) -> str:
     return output.getvalue()
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--algo", "mtsac", "-h", "--resume"]])
+def test_help_tells_of_resume(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch.object(sys, "argv", ["train.py", *arguments]), pytest.raises(SystemExit) as ended:
+        sb3_mtrl.train.main()
+    assert ended.value.code == 0
+    output = capsys.readouterr().out
+    assert "--resume [EXP_ID]" in output and "--save-freq" in output.split("RL Zoo's arguments:")[1]
+
+
 def test_resume_goes_on_with_the_last_experiment(tmp_path: Path) -> None:
     def folder(name: str) -> list[str]:
         return ["--algo", "pacosac", "--env", ENV_ID, "-f", str(tmp_path / name)]
