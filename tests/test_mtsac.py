@@ -9,6 +9,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mtrl import MTSAC, STARSSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.callbacks import LossMaskoutCallback, WResetCallback
+from sb3_mtrl.common.utils import is_fused
 from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize
 from tests.models import ALGORITHMS, NUM_TASKS, DropTasks, make_env, make_model, parameters_of
 from tests.tiny_envs import PointTasksEnv
@@ -43,6 +44,36 @@ def test_one_task_equals_sac_update_for_update(ent_coef, n_critics):
             th.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     if ent_coef == "auto":
         assert mtsac.log_ent_coef.item() == pytest.approx(sac.log_ent_coef.item(), abs=1e-7)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_fused_optimizers_make_the_steps_of_pytorch_s_loop(algorithm):
+    """The expected parameters are those after ten updates with PyTorch's own loop over parameters, up to float rounding."""
+    eps = dict(eps=1e-7) if algorithm is PaCoSAC else {}  # its default
+    parameters = []
+    for optimizer_kwargs in (eps, None):
+        model = make_model(algorithm, collect=60, policy_kwargs=dict(optimizer_kwargs=optimizer_kwargs))
+        assert is_fused(model.actor.optimizer) == is_fused(model.critic.optimizer) == (optimizer_kwargs is None)
+        model.set_random_seed(1)
+        model.train(10)
+        parameters.append(parameters_of(model))
+    for name, expected in parameters[0].items():
+        th.testing.assert_close(parameters[1][name], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "settings",
+    [dict(optimizer_kwargs={}), dict(optimizer_kwargs=dict(weight_decay=1e-3)), dict(optimizer_class=th.optim.AdamW)],
+    ids=["nothing", "weight decay", "another class"],
+)
+def test_optimizers_that_were_told_how_to_step_are_left_alone(algorithm, settings):
+    model = make_model(algorithm, policy_kwargs=settings)
+    for network in (model.actor, model.critic):
+        optimizer = network.optimizer
+        assert type(optimizer) is settings.get("optimizer_class", th.optim.Adam) and not is_fused(optimizer)
+        for name, value in settings.get("optimizer_kwargs", {}).items():
+            assert optimizer.defaults[name] == value
 
 
 def test_every_task_has_its_own_temperature():

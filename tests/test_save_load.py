@@ -9,9 +9,10 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.sac.policies import SACPolicy
 
-from sb3_mtrl import MTSAC, STARSSAC, TSACSAC, PaCoSAC
+from sb3_mtrl import CMTASAC, MTSAC, STARSSAC, TSACSAC, PaCoSAC
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.policies import export_onnx
+from sb3_mtrl.common.utils import is_fused
 from sb3_mtrl.common.vec_env import VecTaskNormalize
 from tests.models import NUM_TASKS, make_env, make_model, parameters_of
 from tests.tiny_envs import PointTasksEnv
@@ -62,6 +63,26 @@ def test_save_and_load_carry_everything(algorithm, kwargs, tmp_path):
     expected = parameters_of(model)
     assert all(th.equal(tensor, expected[name]) for name, tensor in parameters_of(loaded).items())
     assert th.equal(loaded.log_ent_coef, model.log_ent_coef)
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, CMTASAC])
+def test_optimizers_that_were_not_fused_go_on_as_they_were(algorithm, tmp_path):
+    """As in files of versions that did not fuse them: the loaded model makes the updates of the one that was saved."""
+    unfused = dict(eps=1e-7) if algorithm is PaCoSAC else {}
+    model = make_model(algorithm, learning_starts=20, policy_kwargs=dict(optimizer_kwargs=unfused))
+    model.learn(90)
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    del model.policy_kwargs["optimizer_kwargs"]
+    model.save(tmp_path / "model.zip")
+    loaded = algorithm.load(tmp_path / "model.zip", env=make_env(), device="cpu")
+    loaded.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert loaded.actor.optimizer.defaults["fused"] and not is_fused(loaded.actor.optimizer)
+    for one in (model, loaded):
+        one.set_logger(model.logger)
+        one.set_random_seed(7)
+        one.train(3)
+    expected = parameters_of(model)
+    assert all(th.equal(tensor, expected[name]) for name, tensor in parameters_of(loaded).items())
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

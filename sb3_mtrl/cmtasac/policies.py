@@ -465,8 +465,6 @@ class CMTAPolicy(MTSACPolicy):
             raise ValueError(
                 f"use_temporal must be False unless observations are vectors (a 1-D Box), got {observation_space}"
             )
-        if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
-            optimizer_kwargs = dict(fused=True)
         # Before super().__init__, which builds the networks
         self.layout = ObservationLayout(
             base_space.shape[0] if is_vector else None,  # type: ignore[index]

@@ -314,6 +314,8 @@ class MTSACPolicy(SACPolicy):
 
     The parameters not listed are those of SB3's ``SACPolicy``.
 
+    :param optimizer_kwargs: Additional keyword arguments of the optimisers; None with Adam: ``fused=True``, one kernel a step,
+        which rounds otherwise than SB3's in the last bits
     :param num_tasks: Number of tasks T; with 1 it is SB3's policy on any observation space
     :param n_heads: ``"shared"``: one output layer (MT-SAC); ``"per_task"``: one per task (MT-multi-head-SAC)
     :param observe_task: Whether the one-hot is part of the networks' input
@@ -381,6 +383,8 @@ class MTSACPolicy(SACPolicy):
         for bound in log_std_bounds:
             check_number("each of log_std_bounds", bound)
         check_that("log_std_bounds", log_std_bounds, log_std_bounds[0] < log_std_bounds[1], "(lowest, highest)")
+        if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
+            optimizer_kwargs = dict(fused=True)
         # Before super().__init__, which builds the networks
         self.num_tasks = num_tasks
         self.n_heads = n_heads

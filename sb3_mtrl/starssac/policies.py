@@ -385,8 +385,6 @@ class STARSPolicy(MTSACPolicy):
         if unique_arch is not None:
             check_widths("unique_arch", unique_arch)
         check_flag("unique_observes_task", unique_observes_task)
-        if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
-            optimizer_kwargs = dict(fused=True)
         # Before super().__init__, which builds the networks
         self.n_param_sets = n_param_sets
         self.w_init = w_init
