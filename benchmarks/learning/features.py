@@ -1,0 +1,110 @@
+"""
+Do CMTA's features still tell where the goal is? A trained CMTASAC beside one with new networks.
+
+    python -m benchmarks.learning.features logs/cpu_suite/cmtasac/MetaWorld-Custom-v3_1/MetaWorld-Custom-v3.zip
+
+Actor and critics see nothing but the features m that the encoder makes of an observation, and the critic loss alone trains it.
+A linear regression reads the position of the goal, and its distance to the gripper, from m on the first steps of many episodes
+of reach, and is tested on other episodes (other goals, mostly). A success is a gripper within 5 cm of the goal.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+import torch as th
+
+from sb3_mtrl import CMTASAC, make_multi_task_vec_env
+from sb3_mtrl.cmtasac.policies import CMTAPolicy
+
+TASK = "reach-v3"
+# Of Meta-World's observations
+HAND, GOAL = slice(0, 3), slice(36, 39)
+N_EPISODES, N_STEPS = 100, 40
+RIDGE = 1e-4
+
+
+def collect(model: CMTASAC, num_tasks: int, task_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The first steps of episodes, by the model and by random actions in turn.
+
+    :param model: A trained model
+    :param num_tasks: Number of tasks T that it knows
+    :param task_id: Which of them the task is
+    :return: Observations ``(N, n + T)`` and recurrent states before them ``(N, 2H)``
+    """
+    env = make_multi_task_vec_env("MetaWorld-MT1-v3", n_envs=1, seed=0, env_kwargs={"task": TASK})
+    one_hot = np.eye(num_tasks, dtype=np.float32)[[task_id]]
+    observations, states = [], []
+    for episode in range(N_EPISODES):
+        obs, state = env.reset(), model.policy.initial_state(1)
+        for _ in range(N_STEPS):
+            obs = np.concatenate([obs[:, : GOAL.stop], one_hot], axis=1, dtype=np.float32)
+            observations.append(obs[0])
+            states.append(np.concatenate(state, axis=2)[0, 0])
+            action, state = model.predict(obs, state)
+            if episode % 2 == 1:
+                action = np.array([env.action_space.sample()])
+            obs, *_ = env.step(action)
+    env.close()
+    return np.stack(observations), np.stack(states)
+
+
+def read_error(features: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """
+    :param features: ``(N, d)``, in the order of the episodes
+    :param values: What is to be read from them ``(N, n)``
+    :return: Root mean square error of ridge regression on the last two fifths, learned on the others, ``(n,)``
+    """
+    n_train = 3 * N_EPISODES // 5 * N_STEPS
+    mean, std = features[:n_train].mean(axis=0), features[:n_train].std(axis=0) + 1e-6
+    x = np.column_stack([(features - mean) / std, np.ones(len(features))])
+    gram = x[:n_train].T @ x[:n_train] + RIDGE * n_train * np.eye(x.shape[1])
+    predicted = x[n_train:] @ np.linalg.solve(gram, x[:n_train].T @ values[:n_train])
+    return np.sqrt(np.mean((predicted - values[n_train:]) ** 2, axis=0))
+
+
+def mixture(policy: CMTAPolicy, observations: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """
+    :return: The critics' features m, ``(N, feature_dim)``
+    """
+    with th.no_grad():
+        obs = policy.layout.attach_state(th.as_tensor(observations), th.as_tensor(states))
+        return policy.critic.encode(obs).latent[:, : policy.feature_dim].numpy()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    Print the errors in centimetres.
+
+    :param arguments: Command line, ``sys.argv`` if None
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="zip file of a CMTASAC with temporal attention that was trained on reach, among others")
+    parser.add_argument("--task-id", type=int, default=0, help="which of its tasks reach is (default: 0)")
+    args = parser.parse_args(arguments)
+    th.manual_seed(0)
+    model = CMTASAC.load(args.model, device="cpu")
+    observations, states = collect(model, model.num_tasks, args.task_id)
+    hand, goal = observations[:, HAND], observations[:, GOAL]
+    values = np.concatenate([goal, goal - hand], axis=1)
+    new_policy = type(model.policy)(**model.policy._get_constructor_parameters())
+    rows = {
+        "spread (standard deviation)": values.std(axis=0),
+        "error, from the observation itself": read_error(observations[:, : GOAL.stop], values),
+        "error, from m of new networks": read_error(mixture(new_policy, observations, states), values),
+        "error, from m of the trained model": read_error(mixture(model.policy, observations, states), values),
+    }
+    names = [f"{what} {axis}" for what in ("goal", "goal - hand") for axis in "xyz"]
+    print(f"{f'{TASK}, cm':<38}" + "".join(f"{name:>16}" for name in names))
+    for name, row in rows.items():
+        print(f"{name:<38}" + "".join(f"{100 * value:>16.1f}" for value in row))
+    for name, policy in (("new", new_policy), ("trained", model.policy)):
+        with th.no_grad():
+            hidden = policy.critic.encoder.experts._last_hidden(th.as_tensor(observations[:, : GOAL.stop]), False)
+        shares = ", ".join(f"{share:.0%}" for share in (hidden <= 0).all(dim=1).float().mean(dim=1).tolist())
+        print(f"hidden units of each expert that no observation activates, {name}: {shares}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""What is read from CMTA's features: by a regression of which the errors are known."""
+
+import numpy as np
+import pytest
+
+from benchmarks.learning import features
+from sb3_mtrl import CMTASAC, make_multi_task_vec_env
+
+
+def test_errors_of_the_regression(monkeypatch):
+    """A linear function is read exactly; of noise nothing but its mean, so that the error is its standard deviation, 2."""
+    monkeypatch.setattr(features, "N_EPISODES", 100)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(100 * features.N_STEPS, 3))
+    values = np.column_stack([x @ [1.0, -2.0, 0.5] + 3.0, rng.normal(scale=2.0, size=len(x))])
+    linear, noise = features.read_error(x, values)
+    assert linear < 1e-3
+    assert noise == pytest.approx(2.0, rel=0.05)
+
+
+def test_table_of_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(features, "N_EPISODES", 25)
+    env = make_multi_task_vec_env("MetaWorld-Custom-v3", n_envs=2, env_kwargs={"tasks": ["door-close-v3", features.TASK]})
+    model = CMTASAC("MlpPolicy", env, buffer_size=100, batch_size=4, policy_kwargs={"net_arch": [8]}, seed=0)
+    model.save(tmp_path / "model")
+    features.main([str(tmp_path / "model.zip"), "--task-id", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    spread, of_observation = (np.array(line.split()[-6:], dtype=float) for line in (lines[1], lines[2]))
+    # The goal is part of the observation, of which ten unseen episodes show others
+    assert lines[2].startswith("error, from the observation itself") and (of_observation[:3] < 0.2 * spread[:3]).all()
