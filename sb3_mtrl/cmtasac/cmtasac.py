@@ -128,6 +128,8 @@ class CMTASAC(MTSAC):
         amp: str = "none",
         overlap: bool = False,
         on_nonfinite: str = "raise",
+        replay_device: str = "cpu",
+        cuda_graph: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -180,6 +182,8 @@ class CMTASAC(MTSAC):
             amp=amp,
             overlap=overlap,
             on_nonfinite=on_nonfinite,
+            replay_device=replay_device,
+            cuda_graph=cuda_graph,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
@@ -444,25 +448,19 @@ class CMTASAC(MTSAC):
             values["expert_similarities"] = similarities.mean(dim=0)
         self._add_to_train_sums(values)
 
-    def dump_logs(self) -> None:
-        """
-        Write log data; beside that of ``MTSAC`` the InfoNCE, the cosine similarity of each pair of experts, and the entropy
-        and the weights of each task's gate.
-        """
-        similarities = self._train_sums.pop("expert_similarities", None)
-        if similarities is not None:
-            means = (similarities / self._n_summed_updates).cpu().numpy()
+    def _record_train_mean(self, name: str, mean: np.ndarray) -> None:
+        """As ``MTSAC`` does; the cosine similarity of each pair of experts, and the weights of each task's gate."""
+        if name == "expert_similarities":
             pairs = list(zip(*np.triu_indices(self.n_experts, k=1), strict=True))
-            self.logger.record("train/expert_similarity", float(np.mean([means[i, j] for i, j in pairs])))
+            self.logger.record("train/expert_similarity", float(np.mean([mean[i, j] for i, j in pairs])))
             for i, j in pairs:
-                self.logger.record(f"train/expert_similarity/{i}-{j}", float(means[i, j]), exclude=("stdout", "log"))
-        gate_weights = self._train_sums.pop("gate_weights", None)
-        if gate_weights is not None:
-            means = (gate_weights / self._n_summed_updates).cpu().numpy()  # (T, k)
-            for expert, column in enumerate(means.T):
+                self.logger.record(f"train/expert_similarity/{i}-{j}", float(mean[i, j]), exclude=("stdout", "log"))
+        elif name == "gate_weights":  # (T, k)
+            for expert, column in enumerate(mean.T):
                 values = dict(zip(self.task_names, column.tolist(), strict=True))
                 record_per_task(self.logger, f"train/gate_weight_{expert}", values, console=False)
-        super().dump_logs()
+        else:
+            super()._record_train_mean(name, mean)
 
     # -------------------------------------------------------- export, save, load
 

@@ -1,13 +1,15 @@
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_mtrl.common.row_storage import DeviceCopy, DeviceRows, HostRows, check_storage_device
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples
 from sb3_mtrl.common.utils import check_flag, check_integer, check_that, finite_task_ids
 from sb3_mtrl.common.vec_env import VecTaskNormalize
@@ -20,6 +22,8 @@ except ImportError:
 
 # Parts of a stored row
 OWN_COLUMNS = ("obs", "next_obs", "action", "reward", "done")
+# Rows that leave a device at a time
+ROWS_PER_BLOCK = 65_536
 
 
 class MultiTaskReplayBuffer(ReplayBuffer):
@@ -44,6 +48,9 @@ class MultiTaskReplayBuffer(ReplayBuffer):
     :param num_tasks: Number of tasks T
     :param task_in_observation: Whether observations end in the task's one-hot. With one task it may be False: then
         ``observation_space`` is any Box of shape ``(n,)``, kept whole.
+    :param storage_device: Where the rows lie. None: in main memory, from where each batch is copied to ``device``. A PyTorch
+        device: as a tensor there; uniform draws are then made there, too, with its generator instead of NumPy's. Pickles hold
+        no device: what they are loaded to lies in main memory (see ``store_on``)
     :param extra_columns: Name and width of further values to keep with each transition, e.g. ``{"success": 1}``.
         ``add`` reads them from its ``extras`` argument or else from each info's entry of that name.
     :raises ValueError: for a bad argument
@@ -61,6 +68,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         num_tasks: int = 1,
         extra_columns: Mapping[str, int] | None = None,
         task_in_observation: bool = True,
+        storage_device: th.device | str | None = None,
     ):
         if optimize_memory_usage:
             raise ValueError("optimize_memory_usage must be False with MultiTaskReplayBuffer, got True")
@@ -69,6 +77,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         n_envs = check_integer("n_envs", n_envs, 1)
         check_flag("handle_timeout_termination", handle_timeout_termination)
         check_flag("task_in_observation", task_in_observation)
+        storage_device = check_storage_device("storage_device", storage_device)
         is_mapping = extra_columns is None or isinstance(extra_columns, Mapping)
         check_that("extra_columns", extra_columns, is_mapping, "a mapping from names to widths or None")
         if num_tasks > 1 and not task_in_observation:
@@ -99,7 +108,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         self.capacity_per_task = buffer_size // num_tasks
         self.buffer_size = self.capacity_per_task * num_tasks
         self._columns = self._layout()
-        self._rows = np.zeros((self.buffer_size, self._row_width), dtype=np.float32)  # touched lazily by the system
+        self._storage = self._make_storage(storage_device)
         # Per task: where the next row goes, and whether the ring has gone round (SB3's names, one entry per task)
         self.pos = np.zeros(num_tasks, dtype=np.int64)  # type: ignore[assignment]
         self.full = np.zeros(num_tasks, dtype=bool)  # type: ignore[assignment]
@@ -118,8 +127,55 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         return {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends, strict=True)}
 
     @property
-    def _row_width(self) -> int:
+    def row_width(self) -> int:
+        """Number of float32 values of a row."""
         return next(reversed(self._columns.values())).stop
+
+    def _make_storage(self, storage_device: th.device | None) -> HostRows | DeviceRows:
+        if storage_device is None:
+            return HostRows(self.buffer_size, self.row_width)
+        self._warn_if_too_large_for(storage_device)
+        # What draws are made by, as last copied there
+        self._group_tasks_on_device = DeviceCopy(storage_device)
+        self._sizes_on_device = DeviceCopy(storage_device)
+        return DeviceRows(self.buffer_size, self.row_width, storage_device)
+
+    @property
+    def storage_device(self) -> th.device | None:
+        """Where the rows lie; None: in main memory, as an array."""
+        return self._storage.device if isinstance(self._storage, DeviceRows) else None
+
+    def store_on(self, storage_device: th.device | str | None) -> None:
+        """
+        Move the rows.
+
+        :param storage_device: See the argument of the constructor
+        :raises ValueError: if rows cannot be kept there
+        """
+        storage_device = check_storage_device("storage_device", storage_device)
+        if storage_device == self.storage_device:
+            return
+        former, self._storage = self._storage, self._make_storage(storage_device)
+        for task, size in enumerate(self.sizes().tolist()):
+            first = task * self.capacity_per_task
+            for start in range(first, first + size, ROWS_PER_BLOCK):
+                self._storage.put(start, former.read(start, min(start + ROWS_PER_BLOCK, first + size)))
+
+    @property
+    def _rows(self) -> Any:
+        """All rows ``(buffer_size, row)``, an array or a tensor."""
+        return self._storage.rows
+
+    def _warn_if_too_large_for(self, storage_device: th.device) -> None:
+        if storage_device.type != "cuda":
+            return
+        available, needed = th.cuda.mem_get_info(storage_device)[0], 4 * self.buffer_size * self.row_width
+        if needed > available:
+            warnings.warn(
+                f"{storage_device} does not have apparently enough memory to store the complete "
+                f"replay buffer {needed / 1e9:.2f}GB > {available / 1e9:.2f}GB",
+                stacklevel=4,
+            )
 
     def _warn_if_too_large(self) -> None:
         if psutil is None:
@@ -133,7 +189,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
             )
 
     def _n_bytes(self) -> int:
-        return self._rows.nbytes
+        return self._storage.host_bytes
 
     def sizes(self) -> np.ndarray:
         """
@@ -181,7 +237,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         if self.task_in_observation:
             told_ids = np.array([info.get("task_id", 0) for info in infos])
             task_ids = finite_task_ids(obs, self.num_tasks, told_ids)
-        rows, columns = np.empty((self.n_envs, self._row_width), dtype=np.float32), self._columns
+        rows, columns = np.empty((self.n_envs, self.row_width), dtype=np.float32), self._columns
         rows[:, columns["obs"]] = obs[:, : self.base_dim]
         rows[:, columns["next_obs"]] = next_obs[:, : self.base_dim]
         rows[:, columns["action"]] = action.reshape(self.n_envs, self.action_dim)
@@ -196,7 +252,7 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         if not kept.all():
             self._refuse(rows[~kept], task_ids[~kept])
         kept = kept & np.array([not info.get("worker_restarted", False) for info in infos])
-        self._rows[self._take_places(task_ids[kept])] = rows[kept]
+        self._storage.write(self._take_places(task_ids[kept]), rows[kept])
 
     def _refuse(self, rows: np.ndarray, task_ids: np.ndarray) -> None:
         self.refused += np.bincount(task_ids, minlength=self.num_tasks)
@@ -263,6 +319,12 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         :return: The batch
         """
         sizes = self.sizes()[group_tasks][:, None]
+        if isinstance(self._storage, DeviceRows):
+            groups = self._group_tasks_on_device.of(group_tasks)
+            # Of so many numbers no remainder is more likely than another by more than one in 10^12
+            draws = th.randint(2**62, (len(group_tasks), rows_per_group), device=groups.device)
+            rows_in_ring_ = draws.remainder_(self._sizes_on_device.of(sizes))
+            return self._gather(rows_in_ring_ + groups.unsqueeze(1) * self.capacity_per_task, groups, env)
         rows_in_ring = np.random.randint(0, sizes, size=(len(group_tasks), rows_per_group))
         return self._get_samples(rows_in_ring + group_tasks[:, None] * self.capacity_per_task, env)
 
@@ -283,18 +345,33 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         :param env: VecNormalize to normalise observations and rewards with
         :return: The batch of ``B = G g`` rows
         """
-        rows = self._rows.take(batch_inds.reshape(-1), axis=0)  # (B, row)
-        rows_per_group = batch_inds.shape[1]
         group_tasks = batch_inds[:, 0] // self.capacity_per_task
+        if isinstance(self._storage, DeviceRows):
+            return self._gather(self._storage.upload(batch_inds), self._group_tasks_on_device.of(group_tasks), env)
+        rows = self._storage.rows.take(batch_inds.reshape(-1), axis=0)  # (B, row)
         if env is not None:
-            self._normalize_rows(rows, np.repeat(group_tasks, rows_per_group), env)
-        batch = th.from_numpy(rows).to(self.device)
-        groups = th.from_numpy(group_tasks).to(self.device)
+            self._normalize_rows(rows, np.repeat(group_tasks, batch_inds.shape[1]), env)
+        return self._to_samples(th.from_numpy(rows).to(self.device), th.from_numpy(group_tasks).to(self.device))
+
+    def _gather(self, places: th.Tensor, groups: th.Tensor, env: VecNormalize | None) -> MultiTaskReplayBufferSamples:
+        """``_get_samples`` for rows on a device: places ``(G, g)`` and the task of each group ``(G,)`` there."""
+        assert isinstance(self._storage, DeviceRows)
+        rows = self._storage.take(places.flatten())  # (B, row)
+        if env is not None:
+            self._normalize_on_device(rows, groups.repeat_interleave(places.shape[1], output_size=len(rows)), env)
+        return self._to_samples(rows.to(self.device), groups.to(self.device))
+
+    def _to_samples(self, batch: th.Tensor, groups: th.Tensor) -> MultiTaskReplayBufferSamples:
+        """
+        :param batch: Rows ``(B, row)``
+        :param groups: Task of each group ``(G,)``
+        :return: The batch
+        """
         columns = self._columns
         observations, next_observations = batch[:, columns["obs"]], batch[:, columns["next_obs"]]
         if self.task_in_observation:
             one_hot = th.eye(self.num_tasks, device=self.device)[groups]
-            one_hot = one_hot.unsqueeze(1).expand(-1, rows_per_group, -1).reshape(len(rows), -1)  # (B, T)
+            one_hot = one_hot.unsqueeze(1).expand(-1, len(batch) // len(groups), -1).reshape(len(batch), -1)  # (B, T)
             observations = th.cat([observations, one_hot], dim=1)
             next_observations = th.cat([next_observations, one_hot], dim=1)
         return MultiTaskReplayBufferSamples(
@@ -322,24 +399,51 @@ class MultiTaskReplayBuffer(ReplayBuffer):
             rewards = self._normalize_reward(rewards, env)
         rows[:, columns["reward"]] = rewards[:, None]
 
+    def _normalize_on_device(self, rows: th.Tensor, tasks: th.Tensor, env: VecNormalize) -> None:
+        """``_normalize_rows`` for rows on a device: the formulas of the environment, in its float64."""
+        assert isinstance(self._storage, DeviceRows)
+        if type(env) not in (VecNormalize, VecTaskNormalize):  # another one may do anything
+            host_rows = rows.cpu().numpy()
+            self._normalize_rows(host_rows, tasks.cpu().numpy(), env)
+            rows.copy_(th.from_numpy(host_rows))
+            return
+        columns, keeps_nonfinite = self._columns, isinstance(env, VecTaskNormalize)
+
+        def normalize(column: str, values: th.Tensor, bound: float) -> None:
+            own = rows[:, columns[column]]
+            clipped = values.clamp(-bound, bound)
+            own.copy_(th.where(own.isfinite(), clipped, th.nan) if keeps_nonfinite else clipped)
+
+        if env.norm_obs:
+            assert isinstance(env.obs_rms, RunningMeanStd)
+            scales = np.sqrt(env.obs_rms.var + env.epsilon)
+            mean, scale = self._storage.upload(np.stack([env.obs_rms.mean, scales])[:, : self.base_dim])
+            for column in ("obs", "next_obs"):
+                normalize(column, (rows[:, columns[column]].double() - mean) / scale, env.clip_obs)
+        if env.norm_reward:
+            scale = self._storage.upload(np.sqrt(np.atleast_1d(env.ret_rms.var) + env.epsilon)).unsqueeze(1)  # (T or 1, 1)
+            scale = scale[tasks] if len(scale) > 1 else scale
+            normalize("reward", rows[:, columns["reward"]].double() / scale, env.clip_reward)
+
     def __getstate__(self) -> dict[str, Any]:
         # Keep only the rows in use: a file as large as the data, not as the capacity
         state = self.__dict__.copy()
-        sizes = self.sizes()
-        rings = self._rows.reshape(self.num_tasks, self.capacity_per_task, -1)
-        state["_rows"] = np.concatenate([ring[:size] for ring, size in zip(rings, sizes, strict=True)])
+        for name in ("_storage", "_group_tasks_on_device", "_sizes_on_device"):
+            state.pop(name, None)
+        starts = range(0, self.buffer_size, self.capacity_per_task)
+        rings = [self._storage.read(start, start + size) for start, size in zip(starts, self.sizes().tolist(), strict=True)]
+        state["_rows"] = np.concatenate(rings)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Files of older versions have no counts
         counts = {"refused": np.zeros(state["num_tasks"], dtype=np.int64), "last_refused": None}
+        stored_rows = state.pop("_rows")
         self.__dict__.update({**counts, "_laps": state["full"].astype(np.int64), **state})
-        stored_rows = state["_rows"]
-        self._rows = np.zeros((self.buffer_size, self._row_width), dtype=np.float32)
-        rings = self._rows.reshape(self.num_tasks, self.capacity_per_task, -1)
+        self._storage = self._make_storage(None)
         ends = np.cumsum(self.sizes())
-        for ring, start, end in zip(rings, [0, *ends[:-1]], ends, strict=True):
-            ring[: end - start] = stored_rows[start:end]
+        for task, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            self._storage.put(task * self.capacity_per_task, stored_rows[start:end])
 
     # ------------------------------------------------------------- checkpoints
 
@@ -351,17 +455,34 @@ class MultiTaskReplayBuffer(ReplayBuffer):
         ends = self._laps * self.capacity_per_task + self.pos
         return np.stack([ends - self.sizes(), ends], axis=1)
 
-    def row_blocks(self, task: int, start: int, end: int) -> list[np.ndarray]:
+    def row_blocks(self, task: int, start: int, end: int) -> Iterator[np.ndarray]:
         """
         :param task: Task id
         :param start: Number of the first row
         :param end: Past the number of the last row, at most a whole ring further
-        :return: The places of these rows, in order: views ``(n, row)``, one or two of them
+        :return: These rows in order, in blocks ``(n, row)`` that are not to be written to
         """
-        ring = self._rows[task * self.capacity_per_task : (task + 1) * self.capacity_per_task]
-        first = start % self.capacity_per_task
-        n_first = min(end - start, self.capacity_per_task - first)
-        return [block for block in (ring[first : first + n_first], ring[: end - start - n_first]) if len(block) > 0]
+        for place, n_rows in self._runs(task, start, end):
+            yield self._storage.read(place, place + n_rows)
+
+    def set_rows(self, task: int, start: int, rows: np.ndarray) -> None:
+        """
+        :param task: Task id
+        :param start: Number of the first row
+        :param rows: Rows to put in their places ``(n, row)``, at most a whole ring
+        """
+        n_before = 0
+        for place, n_rows in self._runs(task, start, start + len(rows)):
+            self._storage.put(place, rows[n_before : n_before + n_rows])
+            n_before += n_rows
+
+    def _runs(self, task: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """First place and number of places, of rows that are numbered successively."""
+        while start < end:
+            slot = start % self.capacity_per_task
+            n_rows = min(end - start, self.capacity_per_task - slot, ROWS_PER_BLOCK)
+            yield task * self.capacity_per_task + slot, n_rows
+            start += n_rows
 
     def get_checkpoint_state(self) -> dict[str, Any]:
         """

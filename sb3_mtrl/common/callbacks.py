@@ -15,7 +15,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_norm
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, evaluate_multi_task_policy, format_success_rates, task_id_of_step
 from sb3_mtrl.common.prioritized import TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.type_aliases import TaskLosses
-from sb3_mtrl.common.utils import check_choice, check_integer, check_number, get_num_tasks, get_task_names
+from sb3_mtrl.common.utils import (
+    check_choice,
+    check_integer,
+    check_number,
+    get_num_tasks,
+    get_task_names,
+    needs_static_shapes,
+)
 
 # Not a seed that people give to a training, so that the goals of training and evaluation are different draws
 DEFAULT_EVAL_SEED = 1_000_000
@@ -704,13 +711,31 @@ class WResetCallback(BaseCallback):
         :param dropped: (T,) bool, the tasks whose vectors are reset
         """
         # Looking at the mask is free on the CPU and would stall a GPU
-        if dropped.device.type == "cpu" and not dropped.any():
+        if not needs_static_shapes(dropped) and not dropped.any():
             return
+        self.tell_buffer(self.reset_vectors(dropped, self.draw()))
+
+    def draw(self) -> th.Tensor:
+        """
+        :return: U(0, 1) numbers for the mixtures of an update ``(T, T)``
+        """
+        num_tasks = self.model.num_tasks
+        self.generator.set_state(self.generator_state.cpu())
+        draws = th.rand(num_tasks, num_tasks, generator=self.generator, device=self.model.device)
+        self.generator_state = self.generator.get_state()
+        return draws
+
+    @th.no_grad()
+    def reset_vectors(self, dropped: th.Tensor, draws: th.Tensor) -> th.Tensor:
+        """
+        The part of ``after_update`` on the device, in place.
+
+        :param dropped: (T,) bool, the tasks whose vectors are reset
+        :param draws: What ``draw`` returned
+        :return: (T,) bool, those that were; a task that is left alone may have had none to mix from
+        """
         w = self.model.policy.compositional_vectors
         normal = ~dropped & w.isfinite().all(dim=1)
-        self.generator.set_state(self.generator_state.cpu())
-        draws = th.rand(len(w), len(w), generator=self.generator, device=w.device)
-        self.generator_state = self.generator.get_state()
         mixtures = mix_compositional_vectors(w, normal, draws, self.simplex)
         reset = (dropped & normal.any()).unsqueeze(1)
         w.copy_(th.where(reset, mixtures, w))
@@ -723,9 +748,17 @@ class WResetCallback(BaseCallback):
                 # A moment that is not finite would spoil the new vector at the next step
                 forget = reset if self.reset_moments else reset & ~moment.isfinite()
                 moment.copy_(th.where(forget, 0.0, moment))
+        return reset.squeeze(1)
+
+    def tell_buffer(self, reset: th.Tensor) -> None:
+        """
+        The part of ``after_update`` on the host.
+
+        :param reset: (T,) bool, the tasks whose vectors were reset
+        """
         replay_buffer = self.model.replay_buffer
         if isinstance(replay_buffer, TaskPrioritizedReplayBuffer):
-            for task in reset.squeeze(1).nonzero().flatten().tolist():
+            for task in reset.nonzero().flatten().tolist():
                 replay_buffer.reset_task_priorities(task)
 
     def log_to(self, logger: Logger, task_names: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
+from sb3_mtrl.common.buffers import ROWS_PER_BLOCK, MultiTaskReplayBuffer
 
 try:
     import fcntl
@@ -99,17 +99,19 @@ class Checkpoint(NamedTuple):
 
         :param buffer: A replay buffer of the same shape that knows already which rows it holds
         """
-        held = buffer.row_numbers().tolist()
-        (first_row,) = buffer.row_blocks(0, 0, 1)
+        held, row_bytes = buffer.row_numbers().tolist(), 4 * buffer.row_width
         for segment in self.segments:
             with (self.path.parent / ROWS / segment.name).open("rb") as file:
                 n_before = 0
                 for task, (start, end) in enumerate(segment.ranges):
                     first, last = max(start, held[task][0]), min(end, held[task][1])
                     if first < last:
-                        file.seek((n_before + first - start) * first_row.nbytes)
-                        for block in buffer.row_blocks(task, first, last):
-                            file.readinto(block.data.cast("B"))
+                        file.seek((n_before + first - start) * row_bytes)
+                        for block_start in range(first, last, ROWS_PER_BLOCK):
+                            n_rows = min(ROWS_PER_BLOCK, last - block_start)
+                            rows = np.empty((n_rows, buffer.row_width), dtype=np.float32)
+                            file.readinto(rows.data.cast("B"))
+                            buffer.set_rows(task, block_start, rows)
                     n_before += end - start
 
 
@@ -286,7 +288,7 @@ class CheckpointStore:
         starts = np.maximum(held[:, 0], np.array(segments[-1].ranges)[:, 1] if segments else 0)
         if np.array_equal(starts, held[:, 1]):
             return segments
-        row_bytes = buffer.row_blocks(0, 0, 1)[0].nbytes
+        row_bytes = 4 * buffer.row_width
         n_bytes = sum(segment.entry.n_bytes for segment in segments) + row_bytes * int((held[:, 1] - starts).sum())
         n_held_bytes = row_bytes * int((held[:, 1] - held[:, 0]).sum())
         if len(segments) >= MAX_SEGMENTS or n_bytes > MAX_BYTES_PER_HELD * n_held_bytes:

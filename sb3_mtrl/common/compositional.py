@@ -6,6 +6,7 @@ import torch as th
 from torch import nn
 
 from sb3_mtrl.common.torch_layers import CompositionalMLP, GradientGate, activate_compositional_vectors
+from sb3_mtrl.common.utils import needs_static_shapes
 
 # Arguments of SB3's actor that compositional ones do not have
 GSDE_ARGUMENTS = ("use_sde", "log_std_init", "use_expln", "clip_mean")
@@ -80,8 +81,8 @@ def forward_groups(
     :param group_tasks: Task of each group ``(G,)``
     :return: Output ``(N, G, b, out)``
     """
-    if group_tasks.is_cuda:
-        # Shapes must not depend on the batch there, and the copies are cheap
+    if needs_static_shapes(group_tasks):
+        # The copies are cheap on a GPU
         selected = [(weight.index_select(1, group_tasks), bias.index_select(1, group_tasks)) for weight, bias in composed]
         return network.forward_composed(x, selected)
     by_task = [list(zip(*(part.split(1, dim=1) for part in layer), strict=True)) for layer in composed]

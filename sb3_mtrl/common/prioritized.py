@@ -284,6 +284,7 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         per_style: str = "schaul",
         performance_source: str = "train",
         performance_window: int = 20,
+        storage_device: th.device | str | None = None,
     ):
         alpha = check_number("alpha", alpha, 0, at_most=1)
         beta = check_number("beta", beta, 0, at_most=1)
@@ -316,6 +317,7 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
             num_tasks,
             extra_columns,
             task_in_observation,
+            storage_device,
         )
         self.alpha = alpha
         self.initial_beta = beta

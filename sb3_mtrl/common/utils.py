@@ -1,6 +1,7 @@
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -325,16 +326,40 @@ def fuse(optimizer: th.optim.Optimizer) -> None:
                 optimizer.state[param]["step"] = optimizer.state[param]["step"].to(param.device, th.float32)
 
 
+_static_shapes = False
+
+
+@contextmanager
+def static_shapes() -> Iterator[None]:
+    """
+    Within it all devices are treated as a GPU is whose updates are captured: no shape and no branch depends on values there.
+    """
+    global _static_shapes
+    before, _static_shapes = _static_shapes, True
+    try:
+        yield
+    finally:
+        _static_shapes = before
+
+
+def needs_static_shapes(tensor: th.Tensor) -> bool:
+    """
+    :param tensor: A tensor
+    :return: Whether shapes and branches must not depend on its values: to look at them would mean to wait for a GPU
+    """
+    return tensor.is_cuda or _static_shapes
+
+
 def step_unless(optimizer: th.optim.Optimizer, skip: th.Tensor | None) -> None:
     """
     Step an optimiser, or leave parameters and moments untouched.
 
     :param optimizer: The optimiser
-    :param skip: Bool scalar on the device, None: step. A fused optimiser on a GPU decides there, without a synchronisation.
+    :param skip: Bool scalar on the device, None: step. A fused optimiser decides there, without a synchronisation.
     """
     if skip is None:
         optimizer.step()
-    elif skip.is_cuda and is_fused(optimizer):
+    elif is_fused(optimizer):
         # What torch.amp.GradScaler does to skip a step
         optimizer.grad_scale, optimizer.found_inf = None, skip.float()  # type: ignore[attr-defined]
         optimizer.step()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch as th
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from stable_baselines3.common.utils import get_device
@@ -41,6 +42,19 @@ def check_device(device: Any) -> None:
         get_device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"device must be 'auto' or a device of PyTorch, got {device!r}: {error}") from error
+
+
+def check_cuda(name: str, value: Any, other: str, device: th.device) -> None:
+    """
+    :param name: Name of an argument that asks for a GPU
+    :param value: Value got
+    :param other: What it has to be without, as it follows "must be"
+    :param device: Device of the networks
+    :raises ValueError: if that is no GPU
+    """
+    if device.type != "cuda":
+        reason = "" if th.cuda.is_available() else " (PyTorch finds no CUDA device)"
+        raise ValueError(f"{name} must be {other} with networks on device {device.type!r}, got {value!r}{reason}")
 
 
 def check_train_freq(train_freq: Any, n_envs: int) -> Any:

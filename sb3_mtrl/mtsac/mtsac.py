@@ -28,7 +28,7 @@ from stable_baselines3.common.type_aliases import (
     TensorDict,
     TrainFreq,
 )
-from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.utils import get_device, update_learning_rate
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 from stable_baselines3.sac.policies import SACPolicy
 
@@ -62,6 +62,7 @@ from sb3_mtrl.common.utils import (
 )
 from sb3_mtrl.common.vec_env import SharedMemoryVecEnv, UpdateWhileStepping, VecTaskNormalize
 from sb3_mtrl.mtsac.checks import (
+    check_cuda,
     check_device,
     check_ent_coef,
     check_env,
@@ -70,6 +71,7 @@ from sb3_mtrl.mtsac.checks import (
     check_train_freq,
 )
 from sb3_mtrl.mtsac.policies import N_HEADS, CnnPolicy, MlpPolicy, MTSACActor, MTSACCritic, MTSACPolicy, MultiInputPolicy
+from sb3_mtrl.mtsac.static_update import StaticUpdate, check_capturable
 
 SelfMTSAC = TypeVar("SelfMTSAC", bound="MTSAC")
 
@@ -126,6 +128,11 @@ class MTSAC(SAC):
         whose gradient comes earlier in the update, and is finite, have stepped); "mask": the transition is not stored, or
         its task is left out of the update, both are counted and training goes on. Dict observations are not looked at
         themselves, only the losses and gradients that come of them
+    :param replay_device: Where transitions are kept: "cpu", or on the GPU of the networks, "cuda", which takes its memory,
+        draws uniform batches itself (other ones than from main memory) and saves copying them
+    :param cuda_graph: On a GPU, run an update as one CUDA graph: recorded once, after three updates, and then started as a
+        whole, which saves the launches of its kernels one by one. It is recorded anew when arguments, networks or optimisers
+        change. Observations have to be vectors, without gSDE, and all optimisers Adam or AdamW
     :raises ValueError: for a bad argument, or an environment that does not fit it
     """
 
@@ -176,6 +183,8 @@ class MTSAC(SAC):
         amp: str = "none",
         overlap: bool = False,
         on_nonfinite: str = "raise",
+        replay_device: str = "cpu",
+        cuda_graph: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -232,6 +241,8 @@ class MTSAC(SAC):
         self.amp = amp
         self.overlap = overlap
         self.on_nonfinite = on_nonfinite
+        self.replay_device = replay_device
+        self.cuda_graph = cuda_graph
         self._check_arguments()
         self.num_tasks = self._resolve_num_tasks(check_integer("num_tasks", num_tasks, 1, or_none=True))
         self.task_names = get_task_names(self.env) if self.env is not None else ()
@@ -261,6 +272,8 @@ class MTSAC(SAC):
         # While learning with `overlap`: the environment, and the calls of `train` that its next step makes
         self._stepping_env: UpdateWhileStepping | None = None
         self._waiting_updates: list[tuple[int, int | None]] | None = None  # None: `train` updates at once
+        # Makes the updates with `cuda_graph`
+        self._static_update: StaticUpdate | None = None
 
         if _init_setup_model:
             self._setup_model()
@@ -309,6 +322,8 @@ class MTSAC(SAC):
         check_flag("use_sde_at_warmup", self.use_sde_at_warmup)
         check_flag("cpu_tuning", self.cpu_tuning)
         check_flag("overlap", self.overlap)
+        check_choice("replay_device", self.replay_device, ("cpu", "cuda"))
+        check_flag("cuda_graph", self.cuda_graph)
 
     def _resolve_num_tasks(self, num_tasks: int | None) -> int:
         env_num_tasks = None
@@ -326,6 +341,10 @@ class MTSAC(SAC):
             self._check_multi_task_setup()
         if self.batch_size is None:
             self.batch_size = 256 if self.num_tasks == 1 else 128 * self.num_tasks
+        if self.replay_device == "cuda":
+            check_cuda("replay_device", self.replay_device, "'cpu'", self.device)
+            self._check_replay_settings("replay_device='cuda'", "keeps transitions in main memory")
+            self.replay_buffer_class = self.replay_buffer_class or MultiTaskReplayBuffer
         if self.env is not None:
             self._check_env_tasks(self.env)
         foreign = set(self._policy_settings()) - set(inspect.signature(self.policy_class).parameters)
@@ -382,6 +401,10 @@ class MTSAC(SAC):
         self._warned_of_nonfinite = False
         self._warned_of_passes = False
         self.update_guards.clear()
+        self._static_update = None
+        if self.cuda_graph:
+            check_capturable(self)
+            self._static_update = StaticUpdate(self)
 
     def _check_misplaced(self, place: str, name: str, given: Any, own: Any) -> None:
         """Refuse another value of an argument elsewhere: some parts of the algorithm would follow the one, some the other."""
@@ -410,7 +433,10 @@ class MTSAC(SAC):
 
     def _replay_buffer_settings(self) -> dict[str, Any]:
         """Arguments of the multi-task replay buffer that follow from the algorithm's own."""
-        return dict(num_tasks=self.num_tasks, task_in_observation=self.num_tasks > 1)
+        settings: dict[str, Any] = dict(num_tasks=self.num_tasks, task_in_observation=self.num_tasks > 1)
+        if self.replay_device == "cuda":
+            settings["storage_device"] = self.device
+        return settings
 
     def _check_multi_task_setup(self) -> None:
         base_observation_space(self.observation_space, self.num_tasks)
@@ -666,13 +692,14 @@ class MTSAC(SAC):
         self._update_learning_rate(self._scheduled_optimizers())
         for optimizer, learning_rate in self._own_learning_rates():
             update_learning_rate(optimizer, learning_rate)
-        update = self._joint_update if self.optimizer_order == "joint" else self._sequential_update
         if self._prioritized_buffer is not None:
             self._prioritized_buffer.anneal_beta(self._current_progress_remaining)
         if not self._may_look:
             # Here, as parameters that are loaded bring the settings of their optimisers along
-            for optimizer in (*self._scheduled_optimizers(), *(optimizer for optimizer, _ in self._own_learning_rates())):
+            for optimizer in self._stepping_optimizers():
                 fuse(optimizer)
+        if self._static_update is not None:
+            self._static_update.start()
         skipped_before = self.skipped_steps.clone()
 
         for gradient_step in range(gradient_steps):
@@ -680,19 +707,13 @@ class MTSAC(SAC):
             # We need to sample because `log_std` may have changed between two gradient steps
             if self.use_sde:
                 self.actor.reset_noise()
-            spoilt = self._clear_spoilt_rows(replay_data)
-            with self._update_context():
-                dropped = self._guarded_update(update, replay_data, spoilt)
-            if self.policy.gradient_gate is not None:
-                self.policy.gradient_gate.dropped_tasks = None
-            if gradient_step % self.target_update_interval == 0:
-                self._update_target_networks()
-            if self.max_ent_coef is not None:
-                with th.no_grad():
-                    for log_ent_coef in self._log_ent_coefs():
-                        log_ent_coef.clamp_(max=math.log(self.max_ent_coef))
+            updates_targets = gradient_step % self.target_update_interval == 0
+            if self._static_update is not None:
+                self._static_update(replay_data, updates_targets)
+                continue
+            dropped = self._make_update(replay_data, updates_targets)
+            self._finish_update()
             if dropped is not None:
-                self.dropped_updates.add_(dropped)
                 for guard in self.update_guards:
                     guard.after_update(dropped)
 
@@ -700,6 +721,40 @@ class MTSAC(SAC):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self.on_nonfinite == "raise" and not self._may_look:
             self._stop_if_something_was_left_out(skipped_before)
+
+    def _make_update(self, replay_data: ReplaySamples, updates_targets: bool) -> th.Tensor | None:
+        """
+        All that an update does on the device, but for what guards do after it.
+
+        :param replay_data: The batch
+        :param updates_targets: Whether the target networks follow
+        :return: (T,) bool, tasks whose samples were dropped; None: there is none, and no guard wants to be told
+        """
+        update = self._joint_update if self.optimizer_order == "joint" else self._sequential_update
+        spoilt = self._clear_spoilt_rows(replay_data)
+        with self._update_context():
+            dropped = self._guarded_update(update, replay_data, spoilt)
+        if self.policy.gradient_gate is not None:
+            self.policy.gradient_gate.dropped_tasks = None
+        if updates_targets:
+            self._update_target_networks()
+        if self.max_ent_coef is not None:
+            with th.no_grad():
+                for log_ent_coef in self._log_ent_coefs():
+                    log_ent_coef.clamp_(max=math.log(self.max_ent_coef))
+        if dropped is not None:
+            self.dropped_updates.add_(dropped)
+        return dropped
+
+    def _finish_update(self) -> None:
+        """What an update leaves to do on the host: it is counted, and a prioritized buffer told its errors."""
+        self._n_summed_updates += 1
+        if self._pass_priorities is not None and self._prioritized_buffer is not None:
+            self._prioritized_buffer.update_priorities(*self._pass_priorities)
+        self._pass_priorities = None
+
+    def _upload_host_values(self) -> None:
+        """Bring values of the host that the next update reads, beside the batch, to where it reads them."""
 
     def _guarded_update(self, update: Update, replay_data: ReplaySamples, spoilt: th.Tensor | None) -> th.Tensor | None:
         """
@@ -717,7 +772,7 @@ class MTSAC(SAC):
                     dropped = self._make_pass(update, self._without_inputs(replay_data, blamed), left_out)
                 self._warn_of_passes()
                 self.skipped_steps.add_(len(self._refused_optimizers - self._stepped_optimizers))
-            self._keep_pass()
+            self._sum_pass()
             return dropped
         self._stop("a gradient", self._tasks_with_bad_gradients(update, replay_data).nonzero().flatten().tolist())
 
@@ -727,18 +782,14 @@ class MTSAC(SAC):
         self._pass_priorities = None
         return update(replay_data, spoilt)
 
-    def _keep_pass(self) -> None:
-        """What the last pass of an update computed is logged, and told to the buffer; that of those before is not."""
+    def _sum_pass(self) -> None:
+        """What the last pass of an update computed is logged; that of those before is not."""
         for values in self._pass_values:
             for name, value in values.items():
                 if name not in self._train_sums:
                     self._train_sums[name] = th.zeros_like(value)
                 self._train_sums[name].add_(value)
-        self._n_summed_updates += 1
-        if self._pass_priorities is not None and self._prioritized_buffer is not None:
-            self._prioritized_buffer.update_priorities(*self._pass_priorities)
         self._pass_values.clear()
-        self._pass_priorities = None
         self._stepped_optimizers.clear()
         self._refused_optimizers.clear()
 
@@ -1152,6 +1203,10 @@ class MTSAC(SAC):
             return [(self.ent_coef_optimizer, self.ent_coef_learning_rate)]
         return []
 
+    def _stepping_optimizers(self) -> list[th.optim.Optimizer]:
+        """All optimisers."""
+        return [*self._scheduled_optimizers(), *(optimizer for optimizer, _ in self._own_learning_rates())]
+
     def _shared_optimizers(self) -> list[th.optim.Optimizer]:
         """Optimisers of parameters that actor and critics share; they step once an update, on the sum of both gradients."""
         return []
@@ -1189,19 +1244,32 @@ class MTSAC(SAC):
         Write log data, the ``train/*`` values averaged over the updates since the last dump.
         """
         self._warn_of_tasks_that_do_not_learn()
-        for name, total in self._train_sums.items():
-            mean = (total / self._n_summed_updates).cpu().numpy()
-            self.logger.record(f"train/{name}", float(mean.mean()))
-            if self.num_tasks > 1 and mean.size == self.num_tasks:
-                self._record_per_task(f"train/{name}", mean.tolist())
-        self._train_sums.clear()
-        self._n_summed_updates = 0
+        if self._n_summed_updates > 0:
+            for name, total in self._train_sums.items():
+                self._record_train_mean(name, (total / self._n_summed_updates).cpu().numpy())
+        self._forget_train_sums()
         self._record_what_was_left_out()
         for guard in self.update_guards:
             guard.log_to(self.logger, self.task_names)
         if self._prioritized_buffer is not None:
             self._record_priorities(self._prioritized_buffer)
         super().dump_logs()
+
+    def _record_train_mean(self, name: str, mean: np.ndarray) -> None:
+        """
+        :param name: Name of what was summed up, see ``_add_to_train_sums``
+        :param mean: Its mean over the updates since the last dump, a number, one of each task, or as it was summed up
+        """
+        self.logger.record(f"train/{name}", float(mean.mean()))
+        if self.num_tasks > 1 and mean.size == self.num_tasks:
+            self._record_per_task(f"train/{name}", mean.tolist())
+
+    def _forget_train_sums(self) -> None:
+        self._n_summed_updates = 0
+        if self._static_update is None:
+            self._train_sums.clear()
+        for total in self._train_sums.values():
+            total.zero_()  # in place: a graph goes on adding to it
 
     def _record_what_was_left_out(self) -> None:
         """Counts since the start of training; without guards only once there is something to count."""
@@ -1335,6 +1403,8 @@ class MTSAC(SAC):
             if others:
                 warnings.warn(f"the loaded replay buffer goes on with its own {', '.join(others)}", stacklevel=2)
         if isinstance(loaded, MultiTaskReplayBuffer):
+            if isinstance(own_buffer, MultiTaskReplayBuffer):
+                loaded.store_on(own_buffer.storage_device)
             loaded.n_envs = self.n_envs  # its rings belong to tasks, not to sub-environments
 
     def export_task_policy(self, task: int | str) -> SACPolicy:
@@ -1411,6 +1481,7 @@ class MTSAC(SAC):
         "_spoilt_rows",
         "_stepping_env",
         "_waiting_updates",
+        "_static_update",
         "last_checkpoint",
     )
 
@@ -1507,6 +1578,8 @@ class MTSAC(SAC):
         for name, value in (data.get("policy_kwargs") or {}).items():
             if name in data:
                 kwargs.setdefault(name, value)
+        if get_device(device).type != "cuda":  # a model that was trained on a GPU, too
+            kwargs = {"replay_device": "cpu", "cuda_graph": False, **kwargs}
         if isinstance(path, io.BufferedIOBase):
             path.seek(0)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)

@@ -148,6 +148,8 @@ class TSACSAC(MTSAC):
         amp: str = "none",
         overlap: bool = False,
         on_nonfinite: str = "raise",
+        replay_device: str = "cpu",
+        cuda_graph: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -210,6 +212,8 @@ class TSACSAC(MTSAC):
             amp=amp,
             overlap=overlap,
             on_nonfinite=on_nonfinite,
+            replay_device=replay_device,
+            cuda_graph=cuda_graph,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
@@ -484,8 +488,8 @@ class TSACSAC(MTSAC):
         The lambda of a task without fresh steps, or that was dropped, stays; without any no step is made, so that of several
         updates after one rollout only the first one counts.
         """
-        self._rollout_rewards.copy_(th.from_numpy(self._fresh_rewards))
-        self._fresh_rewards[:] = 0
+        if self._static_update is None:  # else it is done already, as an update must not touch the host then
+            self._upload_host_values()
         sums, counts = self._rollout_rewards
         is_fresh = counts > 0
         if dropped is not None:
@@ -500,6 +504,10 @@ class TSACSAC(MTSAC):
                 self.raw_lambda.copy_(th.where(is_fresh, self.raw_lambda, before))
             if self.lambda_max is not None:
                 self.raw_lambda.clamp_(max=inverse_softplus(self.lambda_max))
+
+    def _upload_host_values(self) -> None:
+        self._rollout_rewards.copy_(th.from_numpy(self._fresh_rewards.astype(np.float32)), non_blocking=True)
+        self._fresh_rewards[:] = 0
 
     def _reward_weights(self, replay_data: ReplaySamples) -> tuple[th.Tensor, th.Tensor]:
         """Weights of distance and sparse value in each row, ``(B, 1)``, constant."""
