@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from benchmarks.speed import peers, run, simulator
+from benchmarks.speed import gpu, peers, run, simulator
 from benchmarks.speed.bare import BareMTSAC, MatrixProducts
 from benchmarks.speed.measure import Program, machine_line, print_table, summarize, time_in_turns
 from sb3_mtrl.mtsac.policies import sample_squashed_gaussian
@@ -211,3 +211,36 @@ def test_a_library_that_cannot_be_installed_is_skipped_with_the_reason(monkeypat
     assert table["EnvPool"] == {"skipped": reason}
     assert table["ours"]["rounds"] == 2
     assert f"skipped: {reason}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(th.cuda.is_available(), reason="is about machines without a GPU")
+def test_gpu_measurements_need_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert gpu.main() == 2
+    assert capsys.readouterr().err == "benchmarks.speed.gpu needs a GPU, and PyTorch finds no CUDA device\n"
+
+
+def test_gpu_measurements_run_on_a_cpu(monkeypatch, tmp_path, capsys):
+    arguments = ["--device", "cpu", "--tiny", "--algorithms", "mtsac", "--output", str(tmp_path / "results.json")]
+    monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
+    assert gpu.main() == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    equality = results["equality"]["mtsac"]
+    assert equality["max_difference"] <= 1e-6 < equality["max_change"]
+    rows = results["updates"]["T=2 B=8"]["mtsac"]
+    assert list(rows) == ["eager", "graph", "graph, resident replay"]
+    assert all(row["kernels"] > 100 and row["updates_per_second"] > 0 for row in rows.values())
+    assert "GFLOP" in capsys.readouterr().out
+
+
+def test_operations_and_bytes_of_an_update():
+    """By hand, for T = 2, 39 + 2 observed, 4 actions, one hidden layer of 8, batch 8, two critics."""
+    measurement = gpu.Measurement("cpu", tiny=True, rounds=1)
+    model = measurement.make_model("mtsac", 2, 8, graph=False, resident=False)
+    actor, actor_first, critics, critics_first = 41 * 8 + 8 * 8, 41 * 8, 2 * (45 * 8 + 8), 2 * 45 * 8
+    forward, to_weights = 2 * actor + 3 * critics, actor + critics
+    to_inputs = (actor - actor_first) + (2 * critics - critics_first)
+    assert gpu.count_flop(model) == 2 * 8 * (forward + to_weights + to_inputs)
+    n_actor, n_critics = actor + 8 + 8, critics + 2 * (8 + 1)
+    n_learned = n_actor + n_critics + 2  # two entropy coefficients
+    assert gpu.count_bytes(model) == 4 * (10 * n_learned + 4 * n_critics + 8 * (2 * 39 + 4 + 2))

@@ -35,6 +35,32 @@ def algorithm_class(name: str) -> type[SAC]:
     return SAC if name == "sb3" else ALGORITHMS[name].algorithm_class  # type: ignore[return-value]
 
 
+def make_filled_model(
+    algorithm: str, num_tasks: int, batch_size: int, kwargs: dict[str, Any], net_arch: tuple[int, ...] = NET_ARCH
+) -> SAC:
+    """
+    :param algorithm: See ``algorithm_class``
+    :param num_tasks: Number of tasks T
+    :param batch_size: Rows per update
+    :param kwargs: Further arguments of the algorithm
+    :param net_arch: Widths of the hidden layers
+    :return: A model with random transitions to learn from
+    """
+    model = algorithm_class(algorithm)(
+        "MlpPolicy",
+        VecTaskAssignment(DummyVecEnv([lambda: RandomTasksEnv(num_tasks) for _ in range(num_tasks)])),
+        batch_size=batch_size,
+        buffer_size=400 * num_tasks,
+        learning_starts=10**9,
+        policy_kwargs=dict(net_arch=list(net_arch)),
+        seed=0,
+        **kwargs,
+    )
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    model.learn(300 * num_tasks, log_interval=None)
+    return model
+
+
 def make_update(algorithm: str, num_tasks: int, batch_size: int, n_updates: int, kwargs: dict[str, Any]) -> Callable[[], None]:
     """
     :param algorithm: See ``algorithm_class``, or a name of ``BARE``
@@ -54,18 +80,7 @@ def make_update(algorithm: str, num_tasks: int, batch_size: int, n_updates: int,
                     bare.update()
 
         return update
-    model = algorithm_class(algorithm)(
-        "MlpPolicy",
-        VecTaskAssignment(DummyVecEnv([lambda: RandomTasksEnv(num_tasks) for _ in range(num_tasks)])),
-        batch_size=batch_size,
-        buffer_size=400 * num_tasks,
-        learning_starts=10**9,
-        policy_kwargs=dict(net_arch=list(NET_ARCH)),
-        seed=0,
-        **kwargs,
-    )
-    model.set_logger(Logger(folder=None, output_formats=[]))
-    model.learn(300 * num_tasks, log_interval=None)
+    model = make_filled_model(algorithm, num_tasks, batch_size, kwargs)
     return lambda: model.train(n_updates, batch_size)
 
 

@@ -51,7 +51,7 @@ class Recording:
         self.updates_targets = updates_targets
         tensors = dict(_tensors(replay_data))
         self._inputs = {name: th.empty_like(tensor, memory_format=th.contiguous_format) for name, tensor in tensors.items()}
-        fields = {name: tensor for name, tensor in self._inputs.items() if name in replay_data._fields}
+        fields: dict[str, Any] = {name: tensor for name, tensor in self._inputs.items() if name in replay_data._fields}
         if "extras" in replay_data._fields:
             fields["extras"] = {name: self._inputs[f"extras.{name}"] for name in replay_data.extras}
         self.replay_data = replay_data._replace(**fields)
@@ -131,15 +131,15 @@ class StaticUpdate:
         tensors += [recursive_getattr(model, name) for name in model._get_torch_save_params()[1]]
         settings = [setting for group in groups for name, setting in group.items() if name not in ("params", "lr")]
         for owner in (model, *model.update_guards):
-            settings += [getattr(owner, name, None) for name in _argument_names(type(owner))]
+            settings += [getattr(owner, name, None) for name in _argument_names(type(owner))]  # type: ignore[arg-type]
         plain = [setting for setting in settings if type(setting) in PLAIN_TYPES]
         return [model.policy, *optimizers, *model.update_guards], [*(tensor.data_ptr() for tensor in tensors), *plain]
 
-    def _run(self, recording: Recording) -> None:
+    def _run(self, recording: Recording, capturable: bool = False) -> None:
         """The function that is captured: no shape and no branch depends on what the tensors hold."""
         model = self.model
         recording.resets.clear()
-        with static_shapes(), self._rates_on_device():
+        with static_shapes(), self._rates_on_device(capturable):
             recording.dropped = model._make_update(recording.replay_data, recording.updates_targets)
             assert recording.dropped is not None
             recording.td_error_sizes = None if model._pass_priorities is None else model._pass_priorities[1]
@@ -147,17 +147,17 @@ class StaticUpdate:
                 recording.resets[guard] = guard.reset_vectors(recording.dropped, recording.draws[guard])
 
     @contextmanager
-    def _rates_on_device(self) -> Iterator[None]:
+    def _rates_on_device(self, capturable: bool) -> Iterator[None]:
         """What a captured step needs of an optimiser; it is taken back, so that it is neither saved nor scheduled."""
-        groups, is_capturing = self._groups(), self.captures and th.cuda.is_current_stream_capturing()
+        groups = self._groups()
         before = [(group["lr"], group.get("capturable")) for group in groups]
         for group, (rate, _) in zip(groups, self._rates, strict=True):
-            group["lr"], group["capturable"] = rate, is_capturing
+            group["lr"], group["capturable"] = rate, capturable
         try:
             yield
         finally:
-            for group, (rate, capturable) in zip(groups, before, strict=True):
-                group["lr"], group["capturable"] = rate, capturable
+            for group, (number, was_capturable) in zip(groups, before, strict=True):
+                group["lr"], group["capturable"] = number, was_capturable
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.model._stepping_optimizers() for group in optimizer.param_groups]
@@ -237,7 +237,7 @@ class StaticUpdate:
         """The update as a graph; capturing makes none."""
         graph = th.cuda.CUDAGraph()
         with th.cuda.device(self.model.device), th.cuda.graph(graph):
-            self._run(recording)
+            self._run(recording, capturable=True)
         return graph
 
 
