@@ -254,7 +254,10 @@ def test_looks_are_noticed():
     model = make_ready(STARSSAC, static=False)
     model.train(1)  # makes the states of the optimisers
     replay_data = model._sample_batch(24)
-    with pytest.raises(AssertionError, match=r"unique_consecutive\.default needs values on the host"), NoSynchronisation("cpu"):
+    with (
+        pytest.raises(AssertionError, match=r"unique_consecutive\.default needs values on the host"),
+        NoSynchronisation("cpu"),
+    ):
         model._make_update(replay_data, True)
     model._may_look = True
     with pytest.raises(AssertionError, match="needs values on the host"), NoSynchronisation("cpu"):
@@ -364,6 +367,7 @@ def test_an_update_is_captured_after_the_first_ones():
     expected.train(N_WARM_UPS + 1)
     model, played = make_played()
     for one in (model, expected):
+        one.set_random_seed(2)
         one.train(2)
         one.dump_logs()
         one._current_progress_remaining = 0.5
@@ -415,8 +419,7 @@ def test_graphs_are_forgotten_when_something_changes(change):
 
 def test_what_does_not_matter_keeps_them(tmp_path):
     model, played = make_played()
-    model.learning_rate = 2**-10
-    model._setup_lr_schedule()
+    model.lr_schedule = lambda progress: 2**-10
     model.num_timesteps += 1000
     model.save(tmp_path / "model.zip")
     model.save_replay_buffer(tmp_path / "buffer.pkl")
@@ -424,7 +427,8 @@ def test_what_does_not_matter_keeps_them(tmp_path):
     model.dump_logs()
     model.train(1)
     assert played.take_events() == "replay"
-    assert all(rate == 2**-10 for rate, _ in played._rates)
+    followers = len(model._scheduled_optimizers())  # the entropy coefficients have a rate of their own
+    assert [rate.item() for rate, _ in played._rates][:followers] == [2**-10] * followers
 
 
 def test_saved_models_know_nothing_of_it(tmp_path):
@@ -485,6 +489,8 @@ def test_bad_arguments():
 @pytest.mark.parametrize("algorithm, kwargs", VARIANTS, ids=IDS)
 def test_a_graph_is_the_eager_update(algorithm, kwargs):
     """Over 100 updates with the generators in the same state; index_add and index_put add in any order on a GPU."""
+    if algorithm is STARSSAC:
+        kwargs = {**kwargs, "per_alpha": 0.0}  # priorities would make other batches of other roundings
     models = []
     for cuda_graph in (False, True):
         model = make_model(algorithm, collect=60, device="cuda", cuda_graph=cuda_graph, learning_rate=LEARNING_RATE, **kwargs)

@@ -62,15 +62,18 @@ class Measurement:
         if self.device == "cuda":
             th.cuda.synchronize()
 
-    def make_model(self, algorithm: str, num_tasks: int, batch_size: int, graph: bool, resident: bool) -> MTSAC:
+    def make_model(
+        self, algorithm: str, num_tasks: int, batch_size: int, graph: bool, resident: bool, **other_kwargs: Any
+    ) -> MTSAC:
         """
         :param algorithm: Name in the zoo's table
         :param num_tasks: Number of tasks T
         :param batch_size: Rows per update
         :param graph: Whether updates are one graph
         :param resident: Whether the replay buffer is on the device
+        :param other_kwargs: Further arguments of the algorithm
         """
-        kwargs: dict[str, Any] = dict(device=self.device, on_nonfinite="mask", learning_rate=LEARNING_RATE)
+        kwargs: dict[str, Any] = dict(device=self.device, on_nonfinite="mask", learning_rate=LEARNING_RATE, **other_kwargs)
         if self.device == "cuda":
             kwargs.update(cuda_graph=graph, replay_device="cuda" if resident else "cpu")
         elif resident:
@@ -87,9 +90,11 @@ class Measurement:
         :param algorithm: Name in the zoo's table
         :return: The largest difference of a parameter after updates with and without a graph, and the largest change of one
         """
+        # Priorities would make other batches of other roundings
+        kwargs: dict[str, Any] = {"per_alpha": 0.0} if algorithm == "starssac" else {}
         states = []
         for graph in (False, True):
-            model = self.make_model(algorithm, *self.sizes[0], graph, False)
+            model = self.make_model(algorithm, *self.sizes[0], graph, False, **kwargs)
             before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
             model.set_random_seed(1)
             for _ in range(self.n_equal_updates):

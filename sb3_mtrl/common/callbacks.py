@@ -689,7 +689,7 @@ class WResetCallback(BaseCallback):
                 f"WResetCallback needs a policy with compositional vectors, got {type(self.model.policy).__name__}"
             )
         self.resets = th.zeros(self.model.num_tasks, device=self.model.device)
-        self.generator = th.Generator(self.model.device)
+        self.generator = th.Generator()  # of the CPU on any device, so that files fit all
         seed = self.model.seed if self.seed is None else self.seed
         if seed is None:
             self.generator.seed()
@@ -721,9 +721,9 @@ class WResetCallback(BaseCallback):
         """
         num_tasks = self.model.num_tasks
         self.generator.set_state(self.generator_state.cpu())
-        draws = th.rand(num_tasks, num_tasks, generator=self.generator, device=self.model.device)
+        draws = th.rand(num_tasks, num_tasks, generator=self.generator)
         self.generator_state = self.generator.get_state()
-        return draws
+        return draws.to(self.model.device, non_blocking=True)
 
     @th.no_grad()
     def reset_vectors(self, dropped: th.Tensor, draws: th.Tensor) -> th.Tensor:

@@ -128,7 +128,8 @@ class StaticUpdate:
         tensors = [*self._network_tensors, *model._train_sums.values(), model._nonfinite_tasks]
         tensors += [tensor for group in groups for tensor in group["params"]]
         tensors += [tensor for state in states for tensor in state.values()]
-        tensors += [recursive_getattr(model, name) for name in model._get_torch_save_params()[1]]
+        names = [name for name in model._get_torch_save_params()[1] if not name.endswith("generator_state")]  # of the host
+        tensors += [recursive_getattr(model, name) for name in names]
         settings = [setting for group in groups for name, setting in group.items() if name not in ("params", "lr")]
         for owner in (model, *model.update_guards):
             settings += [getattr(owner, name, None) for name in _argument_names(type(owner))]  # type: ignore[arg-type]
@@ -234,10 +235,22 @@ class StaticUpdate:
         current.wait_stream(self._stream)
 
     def _capture(self, recording: Recording) -> Any:
-        """The update as a graph; capturing makes none."""
+        """
+        The update as a graph; capturing makes none.
+
+        :raises RuntimeError: if something in it cannot be captured
+        """
+        for optimizer in self.model._stepping_optimizers():
+            optimizer.zero_grad()  # gradients have to be in the memory of the graph
         graph = th.cuda.CUDAGraph()
-        with th.cuda.device(self.model.device), th.cuda.graph(graph):
-            self._run(recording, capturable=True)
+        try:
+            with th.cuda.device(self.model.device), th.cuda.graph(graph):
+                self._run(recording, capturable=True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the update cannot be captured as a CUDA graph (does a guard, features extractor or layer of your own look at "
+                f"values, or bring some from the host?); cuda_graph=False runs it as it is: {error}"
+            ) from error
         return graph
 
 
