@@ -201,11 +201,22 @@ def test_groups_compose_once_per_task():
     network.compose = lambda w, *args: sizes.append(len(w)) or compose(w, *args)
     model.actor.get_action_dist_params(grouped_observations(rows=12).view(18, 2, -1))
     assert sizes == [3]
-    x = th.randn(5, 2, 4 + 64)
-    tasks = th.tensor([0, 2, 2, 0, 1])
-    got = forward_groups(network, x, compose(w), tasks)
-    expected = network.forward_composed(x, compose(w[tasks]))
-    th.testing.assert_close(got, expected)
+    for tasks in ([0, 2, 2, 0, 1], [0, 0, 1, 1, 2, 2], [1, 1, 0, 0, 2, 2], [1, 1, 2, 2]):
+        x = th.randn(len(tasks), 2, 4 + 64)
+        got = forward_groups(network, x, compose(w), th.tensor(tasks))
+        expected = network.forward_composed(x, compose(w[tasks]))
+        th.testing.assert_close(got, expected)
+
+
+def test_equal_shares_are_one_product():
+    model = stars()
+    network, w = model.actor.compositional, model.policy.task_vectors()
+    shapes = []
+    forward_composed = network.forward_composed
+    network.forward_composed = lambda x, composed: shapes.append(tuple(x.shape[:2])) or forward_composed(x, composed)
+    for tasks in ([0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2]):
+        forward_groups(network, th.randn(6, 2, 4 + 64), network.compose(w), th.tensor(tasks))
+    assert shapes == [(3, 4), (1, 2), (1, 4), (1, 6)]
 
 
 def test_unique_features_are_those_of_state_and_task():
