@@ -402,10 +402,17 @@ def test_after_an_interrupt_there_is_an_error_and_no_hang(make_shared, monkeypat
     venv = make_shared(picky_envs(2), n_workers=2)
     venv.reset()
     venv.step_async(np.zeros(2, dtype=np.int64))
-    with monkeypatch.context() as patch:
-        patch.setattr(SharedMemoryVecEnv, "_receive_all", lambda *args: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
-        with pytest.raises(KeyboardInterrupt):
-            venv.step_wait()
+    # Shells start what is to run in the background with interrupts ignored
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                SharedMemoryVecEnv, "_receive_all", lambda *args: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5)
+            )
+            with pytest.raises(KeyboardInterrupt):
+                venv.step_wait()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     with pytest.raises(RuntimeError, match="interrupted by KeyboardInterrupt; make a new environment"):
         venv.reset()
 
