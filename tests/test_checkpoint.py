@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -898,6 +899,19 @@ def test_two_processes_in_one_folder_are_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- callbacks and processes
+
+
+def test_generators_of_another_device_start_anew():
+    """The state of one of a GPU has 16 bytes."""
+    callback = WResetCallback()
+    callback.generator = th.Generator().manual_seed(5)
+    resuming = SimpleNamespace(_callbacks=lambda: [callback])
+    with pytest.warns(UserWarning, match="starts anew from its seed"):
+        MultiTaskCheckpointCallback._restore_callbacks(
+            resuming, [("WResetCallback", {"generator": th.zeros(16, dtype=th.uint8), "verbose": 3})]
+        )
+    assert callback.verbose == 3
+    assert th.equal(callback.generator.get_state(), th.Generator().manual_seed(5).get_state())
 
 
 def test_state_of_callbacks(tmp_path):

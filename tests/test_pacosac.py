@@ -505,6 +505,19 @@ def test_own_callbacks_replace_the_defaults():
     assert model.dropped_updates.tolist() == [model._n_updates] * 3
 
 
+def test_generators_of_a_gpu_start_anew(tmp_path):
+    """The generator of w-resets was one of the GPU once, whose state has 16 bytes."""
+    model = make_model(PaCoSAC, seed=5)
+    model.w_reset_callback.generator_state = th.zeros(16, dtype=th.uint8)
+    model.save(tmp_path / "model.zip")
+    loaded = PaCoSAC.load(tmp_path / "model.zip", env=make_env(), device="cpu")
+    expected = th.Generator().manual_seed(5)
+    with pytest.warns(UserWarning, match="starts anew from its seed") as warned:
+        for _ in range(2):
+            assert th.equal(loaded.w_reset_callback.draw(), th.rand(3, 3, generator=expected))
+    assert len(warned) == 1
+
+
 def test_reset_mixtures_have_the_spread_of_their_simplex():
     """Nine normal tasks: standard deviation of a coefficient 0.099 (Dirichlet) and 0.064 (normalised uniform)."""
     th.manual_seed(0)

@@ -22,6 +22,7 @@ from sb3_mtrl.common.utils import (
     get_num_tasks,
     get_task_names,
     needs_static_shapes,
+    restore_generator,
 )
 
 # Not a seed that people give to a training, so that the goals of training and evaluation are different draws
@@ -720,7 +721,7 @@ class WResetCallback(BaseCallback):
         :return: U(0, 1) numbers for the mixtures of an update ``(T, T)``
         """
         num_tasks = self.model.num_tasks
-        self.generator.set_state(self.generator_state.cpu())
+        restore_generator(self.generator, self.generator_state)
         draws = th.rand(num_tasks, num_tasks, generator=self.generator)
         self.generator_state = self.generator.get_state()
         return draws.to(self.model.device, non_blocking=True)

@@ -35,7 +35,7 @@ from sb3_mtrl.common.checkpoint_store import (
     read_checkpoint,
 )
 from sb3_mtrl.common.cpu_tuning import use_onednn, uses_onednn
-from sb3_mtrl.common.utils import check_integer, check_that, constructor_arguments
+from sb3_mtrl.common.utils import check_integer, check_that, constructor_arguments, restore_generator
 from sb3_mtrl.common.vec_env.state import get_space_generators, get_vec_env_state, set_space_generators, set_vec_env_state
 
 MODEL, STATE, FOREIGN_BUFFER = "model.zip", "state.pth", "replay_buffer.pkl"
@@ -386,7 +386,7 @@ class MultiTaskCheckpointCallback(BaseCallback):
             for name, value in match[1].items():
                 current = getattr(callback, name, None)
                 if isinstance(current, th.Generator):
-                    current.set_state(value.cpu())
+                    restore_generator(current, value)
                 else:
                     setattr(callback, name, value)
         if missing or remaining:

@@ -1,5 +1,6 @@
 import inspect
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -253,6 +254,23 @@ def finite_task_ids(obs: np.ndarray, num_tasks: int, fallback: np.ndarray) -> np
     task_ids = np.array(fallback, dtype=np.int64)
     task_ids[intact] = task_ids_from_observation(obs[intact], num_tasks)
     return task_ids
+
+
+def restore_generator(generator: th.Generator, state: th.Tensor) -> None:
+    """
+    Set the state of a generator. One of a generator of another device does not fit; this one goes on from its own seed then,
+    and a warning says so.
+
+    :param generator: The generator
+    :param state: What ``get_state`` of another generator returned, on any device
+    """
+    if state.numel() != generator.get_state().numel():
+        warnings.warn(
+            "a random generator starts anew from its seed: its saved state is one of a generator of another device",
+            stacklevel=3,
+        )
+        return
+    generator.set_state(state.cpu())
 
 
 def polyak_update_(params: Iterable[th.Tensor], target_params: Iterable[th.Tensor], tau: float) -> None:
