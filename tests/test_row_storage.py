@@ -8,7 +8,7 @@ import torch as th
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mtrl import MTSAC, TSACSAC
+from sb3_mtrl import CMTASAC, MTSAC, TSACSAC
 from sb3_mtrl.common import buffers, row_storage
 from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.checkpoint import MultiTaskCheckpointCallback
@@ -160,6 +160,45 @@ def test_models_load_files_of_the_other_kind(storage_device, tmp_path):
         assert model.replay_buffer.sample(24).observations.shape == (24, 7)
     # Equal seeds, and updates do not come before learning starts: the same 20 steps of each task
     assert kept[0].any() and np.array_equal(*kept)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_former_rows_make_room_first(fails, monkeypatch, tmp_path):
+    """A device may not have room for both; if it has none for the new ones the former ones go back."""
+    make_model(collect=90).save_replay_buffer(tmp_path / "buffer.pkl")
+    model = make_model(collect=60, replay_buffer_kwargs=dict(storage_device="cpu"))
+    own_buffer, rows = model.replay_buffer, np.asarray(model.replay_buffer._rows).copy()
+    moves, store_on = [], MultiTaskReplayBuffer.store_on
+
+    def watched(buffer, storage_device):
+        moves.append((buffer is own_buffer, storage_device))
+        if fails and buffer is not own_buffer:
+            raise th.OutOfMemoryError("no room")
+        store_on(buffer, storage_device)
+
+    monkeypatch.setattr(MultiTaskReplayBuffer, "store_on", watched)
+    device = th.device("cpu")
+    if fails:
+        with pytest.raises(th.OutOfMemoryError, match="no room"):
+            model.load_replay_buffer(tmp_path / "buffer.pkl")
+        assert moves == [(True, None), (False, device), (True, device)]
+        assert model.replay_buffer is own_buffer and own_buffer.storage_device == device
+        assert np.array_equal(np.asarray(own_buffer._rows), rows)
+    else:
+        model.load_replay_buffer(tmp_path / "buffer.pkl")
+        assert moves == [(True, None), (False, device)]
+        assert model.replay_buffer.storage_device == device and model.replay_buffer.sizes().tolist() == [30, 30, 30]
+
+
+@pytest.mark.parametrize("algorithm", [CMTASAC, TSACSAC])
+def test_rows_stay_on_their_device_if_a_file_is_refused(algorithm, tmp_path):
+    make_model(collect=30).save_replay_buffer(tmp_path / "buffer.pkl")
+    kwargs = dict(use_temporal=True) if algorithm is CMTASAC else {}
+    model = make_model(algorithm, collect=30, replay_buffer_kwargs=dict(storage_device="cpu"), **kwargs)
+    own_buffer, storage = model.replay_buffer, model.replay_buffer._storage
+    with pytest.raises(ValueError, match="path must name a replay buffer with the"):
+        model.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert model.replay_buffer is own_buffer and own_buffer._storage is storage
 
 
 @pytest.mark.parametrize("rows_per_block", [3, 65_536])

@@ -464,18 +464,11 @@ class CMTASAC(MTSAC):
 
     # -------------------------------------------------------- export, save, load
 
-    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        """
-        Load a replay buffer from a pickle file, see SB3's ``load_replay_buffer``.
-
-        :raises ValueError: if it holds other tasks, observations or recurrent states; the model keeps its own then
-        """
-        own_buffer = getattr(self, "replay_buffer", None)
-        super().load_replay_buffer(path, truncate_last_traj)
+    def _check_loaded_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, own_buffer: ReplayBuffer | None) -> None:
+        super()._check_loaded_buffer(path, own_buffer)
         expected = self._state_columns() if self.use_temporal else {}
         columns = getattr(self.replay_buffer, "extra_columns", {})
         if self.use_temporal and columns != expected:
-            self.replay_buffer = own_buffer
             raise ValueError(
                 f"path must name a replay buffer with the recurrent states {expected} (name and width), "
                 f"got {path} with {columns}"

@@ -161,6 +161,23 @@ class MultiTaskReplayBuffer(ReplayBuffer):
             for start in range(first, first + size, ROWS_PER_BLOCK):
                 self._storage.put(start, former.read(start, min(start + ROWS_PER_BLOCK, first + size)))
 
+    def take_device_of(self, other: "MultiTaskReplayBuffer") -> None:
+        """
+        Move the rows to where those of another buffer lie, which this one takes the place of: it is moved to main memory
+        first, as a GPU may not have room for both. If that fails both are as they were.
+
+        :param other: The other buffer
+        """
+        storage_device = other.storage_device
+        if storage_device == self.storage_device:
+            return
+        other.store_on(None)
+        try:
+            self.store_on(storage_device)
+        except Exception:
+            other.store_on(storage_device)
+            raise
+
     @property
     def _rows(self) -> Any:
         """All rows ``(buffer_size, row)``, an array or a tensor."""

@@ -1373,11 +1373,23 @@ class MTSAC(SAC):
 
         The settings of a prioritized buffer are those of the file; a warning names those that the model's had otherwise.
 
-        :raises ValueError: if it holds other tasks or observations, or has no priorities where the model's has them (or the
-            other way round); the model keeps its own then
+        :raises ValueError: if it holds other tasks or observations, lacks what this algorithm stores beside transitions, or
+            has no priorities where the model's has them (or the other way round); the model keeps its own then
         """
         own_buffer = getattr(self, "replay_buffer", None)
-        super().load_replay_buffer(path, truncate_last_traj)
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+            self._check_loaded_buffer(path, own_buffer)
+            if isinstance(self.replay_buffer, MultiTaskReplayBuffer) and isinstance(own_buffer, MultiTaskReplayBuffer):
+                self.replay_buffer.take_device_of(own_buffer)
+        except Exception:
+            self.replay_buffer = own_buffer
+            raise
+        if isinstance(self.replay_buffer, MultiTaskReplayBuffer):
+            self.replay_buffer.n_envs = self.n_envs  # its rings belong to tasks, not to sub-environments
+
+    def _check_loaded_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, own_buffer: ReplayBuffer | None) -> None:
+        """Refuse a replay buffer that was loaded in the place of the model's own one if it does not fit."""
         loaded = self.replay_buffer
         assert loaded is not None
         expected = {
@@ -1388,11 +1400,9 @@ class MTSAC(SAC):
         # SB3's own buffers hold one task
         got = {name: getattr(loaded, name, 1) for name in expected}
         if got != expected:
-            self.replay_buffer = own_buffer
             raise ValueError(f"path must name a replay buffer of {expected}, got {path}, a {type(loaded).__name__} of {got}")
         own_is_prioritized = isinstance(own_buffer, TaskPrioritizedReplayBuffer)
         if own_buffer is not None and own_is_prioritized != isinstance(loaded, TaskPrioritizedReplayBuffer):
-            self.replay_buffer = own_buffer
             raise ValueError(
                 f"path must name a {type(own_buffer).__name__}, got {path}, a {type(loaded).__name__} "
                 "(give the model that class as replay_buffer_class to go on with it)"
@@ -1401,11 +1411,7 @@ class MTSAC(SAC):
             own_settings, settings = own_buffer.settings(), loaded.settings()
             others = [f"{name}={settings[name]!r}" for name in settings if settings[name] != own_settings[name]]
             if others:
-                warnings.warn(f"the loaded replay buffer goes on with its own {', '.join(others)}", stacklevel=2)
-        if isinstance(loaded, MultiTaskReplayBuffer):
-            if isinstance(own_buffer, MultiTaskReplayBuffer):
-                loaded.store_on(own_buffer.storage_device)
-            loaded.n_envs = self.n_envs  # its rings belong to tasks, not to sub-environments
+                warnings.warn(f"the loaded replay buffer goes on with its own {', '.join(others)}", stacklevel=3)
 
     def export_task_policy(self, task: int | str) -> SACPolicy:
         """

@@ -621,17 +621,10 @@ class TSACSAC(MTSAC):
 
     # -------------------------------------------------------- export, save, load
 
-    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        """
-        Load a replay buffer from a pickle file, see SB3's ``load_replay_buffer``.
-
-        :raises ValueError: if it holds other tasks or observations, or no sparse rewards; the model keeps its own then
-        """
-        own_buffer = getattr(self, "replay_buffer", None)
-        super().load_replay_buffer(path, truncate_last_traj)
+    def _check_loaded_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, own_buffer: ReplayBuffer | None) -> None:
+        super()._check_loaded_buffer(path, own_buffer)
         columns = getattr(self.replay_buffer, "extra_columns", {})
         if columns != {SPARSE_REWARD: 1}:
-            self.replay_buffer = own_buffer
             raise ValueError(f"path must name a replay buffer with the column {SPARSE_REWARD!r}, got {path} with {columns}")
 
     def export_task_policy(self, task: int | str) -> SACPolicy:
