@@ -4,8 +4,10 @@ nothing on the host. What needs a GPU is skipped without one.
 """
 
 import copy
+import gc
 import importlib
-from contextlib import nullcontext
+import weakref
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sb3_mtrl import CMTASAC, MTSAC, STARSSAC, TSACSAC, PaCoSAC
-from sb3_mtrl.common.callbacks import LossMaskoutCallback
+from sb3_mtrl.common.callbacks import LossMaskoutCallback, WResetCallback
 from sb3_mtrl.common.prioritized import TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.utils import fuse
 from sb3_mtrl.mtsac import static_update
@@ -335,9 +337,10 @@ def test_all_tensors_are_on_the_device(algorithm, kwargs, monkeypatch):
 class Played(StaticUpdate):
     """Goes through what happens on a GPU; a "graph" runs the function."""
 
+    captures = True  # type: ignore[assignment]
+
     def __init__(self, model: MTSAC):
         super().__init__(model)
-        self.captures = True
         self.events: list[str] = []
 
     def _warm_up(self, recording: Recording) -> None:
@@ -376,6 +379,16 @@ def test_an_update_is_captured_after_the_first_ones():
     assert_close(model, expected)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_algorithm_changes_what_its_graph_holds(algorithm):
+    """Else it would be recorded again and again: within a call of ``train``, between two, and over a dump of the logger."""
+    model, played = make_played(algorithm, on_nonfinite="raise")
+    model.train(1)
+    model.dump_logs()
+    model.train(1)
+    assert played.take_events() == "replay replay"
+
+
 def test_each_kind_of_update_has_its_own_graph(monkeypatch):
     monkeypatch.setattr(static_update, "N_WARM_UPS", 1)
     model = make_ready(MTSAC, target_update_interval=2)
@@ -388,12 +401,90 @@ def test_each_kind_of_update_has_its_own_graph(monkeypatch):
     assert played.take_events() == "replay replay"
 
 
+def test_only_the_last_kinds_keep_their_graphs(monkeypatch):
+    monkeypatch.setattr(static_update, "N_WARM_UPS", 1)
+    monkeypatch.setattr(static_update, "MAX_RECORDINGS", 2)
+    model = make_ready(MTSAC)
+    model._static_update = played = Played(model)
+    for batch_size in (6, 12, 6, 18):  # 12 is the one that was used least recently then
+        model.train(2, batch_size)
+    assert played.take_events() == "warm-up capture replay warm-up capture replay replay replay warm-up capture replay"
+    model.train(1, batch_size=6)
+    assert played.take_events() == "replay"
+    model.train(1, batch_size=12)
+    assert played.take_events() == "warm-up"
+    assert len(played._recordings) == 2
+
+
+def forget_optimizer_states(model: MTSAC) -> None:
+    for optimizer in model._stepping_optimizers():
+        optimizer.state.clear()
+
+
+@pytest.mark.parametrize("forget", [forget_optimizer_states, lambda model: model._train_sums.clear()])
+def test_nothing_is_made_in_a_capture(forget):
+    """What the warm-ups made is emptied before the capture: as part of a graph it would be made anew by every replay."""
+    model = make_ready(MTSAC)
+    model._static_update = played = Played(model)
+    model.train(N_WARM_UPS)
+    forget(model)
+    model.train(N_WARM_UPS)
+    assert played.take_events() == " ".join(["warm-up"] * 2 * N_WARM_UPS)
+    model.train(1)
+    assert played.take_events() == "capture replay"
+
+
+def test_other_kinds_do_not_hide_a_change(monkeypatch):
+    """Between the capture of one kind and that of another, in one call of ``train``."""
+    monkeypatch.setattr(static_update, "N_WARM_UPS", 1)
+    model = make_ready(MTSAC, target_update_interval=2)
+    model._static_update = played = Played(model)
+
+    class ChangeGamma(DropTasks):
+        def after_update(self, dropped):
+            super().after_update(dropped)
+            if len(self.after) == 3:
+                model.gamma = 0.5
+
+    model.add_update_guard(ChangeGamma([False, False, False]))
+    model.train(4)
+    assert played.take_events() == "warm-up warm-up capture replay warm-up"
+    model.train(2)
+    assert played.take_events() == "warm-up capture replay"
+
+
+def test_a_prioritized_buffer_of_another_style_is_followed(tmp_path):
+    other = make_ready(STARSSAC, static=False, replay_buffer_kwargs=dict(per_style="alf"))
+    other.save_replay_buffer(tmp_path / "buffer.pkl")
+    model, played = make_played(STARSSAC)
+    with pytest.warns(UserWarning, match="goes on with its own per_style='alf'"):
+        model.load_replay_buffer(tmp_path / "buffer.pkl")
+    model.train(1)
+    assert played.take_events() == "warm-up"
+
+
+def test_a_callback_of_the_user_counts_on_in_a_second_learn():
+    """TSACSAC does not save what this one counts, and each ``learn`` makes its counts anew."""
+    model = make_ready(TSACSAC, base="paco")
+    reset = WResetCallback()
+    reset.init_callback(model)
+    model._static_update = played = Played(model)
+    model.train(N_WARM_UPS + 2)
+    played.take_events()
+    reset.init_callback(model)
+    model.train(1)
+    assert played.take_events() == "warm-up"
+
+
 def set_parameters(model: MTSAC) -> None:
     model.set_parameters(copy.deepcopy(model.get_parameters()))
 
 
 CHANGES = {
     "setting": lambda model: setattr(model, "gamma", 0.5),
+    "setting to None": lambda model: vars(model).update(max_ent_coef=1.0, max_grad_norm=None),  # of equal values before
+    "buffer": lambda model: setattr(model, "replay_buffer", copy.deepcopy(model.replay_buffer)),
+    "tensor of a guard": lambda model: setattr(model.update_guards[0], "vector", th.zeros(3)),
     "parameters": set_parameters,
     "guard": lambda model: model.add_update_guard(DropTasks([True, False, False])),
     "threshold": lambda model: setattr(model.update_guards[0], "threshold", 7.0),
@@ -407,7 +498,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_graphs_are_forgotten_when_something_changes(change):
-    model, played = make_played(optimizer_order="sequential")
+    model, played = make_played(optimizer_order="sequential", max_ent_coef=None, max_grad_norm=1.0)
     model.train(1)
     assert played.take_events() == "replay"
     CHANGES[change](model)
@@ -417,13 +508,52 @@ def test_graphs_are_forgotten_when_something_changes(change):
     assert played.take_events() == "warm-up warm-up capture replay"
 
 
+def test_a_setting_of_numpy_is_compared():
+    model, played = make_played()
+    for gamma, events in ((0.5, "warm-up warm-up warm-up capture replay"), (0.25, "warm-up"), (0.25, "warm-up")):
+        model.gamma = np.float64(gamma)
+        model.train(N_WARM_UPS + 1 if gamma == 0.5 else 1)
+        assert played.take_events() == events
+
+
+def test_copies_record_their_own_graphs():
+    """Also where the model has some, whose tensors are its own."""
+    model, played = make_played()
+    copied = copy.deepcopy(model, {id(model.env): model.env})  # Gymnasium's spaces cannot be copied
+    update = copied._static_update
+    assert update is not played and update.model is copied
+    assert not update._recordings and update._made_with is None
+    assert played._recordings and played.model is model
+    for one in (model, copied):
+        one.set_random_seed(2)
+        one.train(2)
+    assert update.take_events() == "warm-up warm-up" and played.take_events() == "replay replay"
+    assert_close(copied, model)
+
+
+def test_it_does_not_keep_its_model():
+    model = make_model()
+    update = model._static_update = StaticUpdate(model)
+    gone = weakref.ref(model)
+    del model
+    assert gone() is None and update.model is None  # at once, not only when Python looks for cycles
+
+
+def test_it_does_not_keep_a_former_buffer():
+    model, played = make_played()
+    gone = weakref.ref(model.replay_buffer)
+    model.replay_buffer = copy.deepcopy(model.replay_buffer)
+    gc.collect()  # what `learn` leaves behind is in cycles
+    assert gone() is None and played._made_with is not None
+
+
 def test_what_does_not_matter_keeps_them(tmp_path):
     model, played = make_played()
     model.lr_schedule = lambda progress: 2**-10
     model.num_timesteps += 1000
     model.save(tmp_path / "model.zip")
     model.save_replay_buffer(tmp_path / "buffer.pkl")
-    model.load_replay_buffer(tmp_path / "buffer.pkl")
+    model.update_guards[0].generator_state = th.zeros(5056, dtype=th.uint8)  # of the host, and new after each draw
     model.dump_logs()
     model.train(1)
     assert played.take_events() == "replay"
@@ -457,6 +587,129 @@ def test_models_of_a_gpu_go_on_on_a_cpu(tmp_path):
         MTSAC.load(tmp_path / "model.zip", env=make_env(), device="cpu", cuda_graph=True)
 
 
+# --------------------------------------------------------------------- captures
+
+
+class Cuda:
+    """
+    Stands in for ``torch.cuda``: streams are names, and a graph ends its capture as PyTorch does.
+
+    :param end_error: What to end a capture raises after an error in it; None: nothing
+    """
+
+    def __init__(self, end_error: Exception | None = None):
+        self.end_error = end_error
+        self.current: Any = "default"
+        self.capture_streams: list[Any] = []
+
+    def Stream(self, device):
+        return SimpleNamespace(wait_stream=lambda stream: None)
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: None)
+
+    def current_stream(self, device=None):
+        return self.current if self.current != "default" else SimpleNamespace(wait_stream=lambda stream: None, name="default")
+
+    def set_stream(self, stream):
+        self.current = "default" if getattr(stream, "name", None) == "default" else stream
+
+    def device(self, device):
+        return nullcontext()
+
+    def stream(self, stream):
+        return nullcontext()
+
+    @contextmanager
+    def graph(self, graph, stream=None):
+        self.capture_streams.append(stream)
+        before, self.current = self.current, stream
+        try:
+            yield
+        except Exception:
+            if self.end_error is not None:
+                raise self.end_error  # noqa: B904, as from C++
+            self.current = before
+            raise
+        self.current = before
+
+
+class OnFakeCuda(StaticUpdate):
+    captures = True  # type: ignore[assignment]
+
+
+def make_on_cuda(monkeypatch, error: Exception | None = None, end_error: Exception | None = None) -> tuple[MTSAC, Cuda]:
+    """
+    A model that captures its next update.
+
+    :param error: What this capture raises
+    :param end_error: What to end it raises then
+    """
+    model = make_ready(MTSAC)
+    model._static_update = update = OnFakeCuda(model)
+    cuda = Cuda(end_error)
+    for name in ("Stream", "CUDAGraph", "current_stream", "set_stream", "device", "stream", "graph"):
+        monkeypatch.setattr(th.cuda, name, getattr(cuda, name))
+    run = update._run
+
+    def failing(recording, capturable=False):
+        # Without `capturable`, which needs a GPU
+        run(recording)
+        if capturable and error is not None:
+            raise error
+
+    monkeypatch.setattr(update, "_run", failing)
+    model.train(N_WARM_UPS)
+    return model, cuda
+
+
+def test_captures_are_on_a_stream_of_the_device(monkeypatch):
+    """That of the warm-ups, and not the one that PyTorch makes once, on the GPU of the first capture."""
+    model, cuda = make_on_cuda(monkeypatch)
+    stream = model._static_update._stream
+    model.train(1)
+    assert stream is not None and cuda.capture_streams == [stream]
+    assert cuda.current == "default"
+
+
+def test_a_failed_capture_tells_its_reason_and_is_the_last(monkeypatch):
+    reason, end = RuntimeError("operation not permitted"), RuntimeError("failed due to a previous error during capture")
+    model, cuda = make_on_cuda(monkeypatch, reason, end)
+    with pytest.raises(RuntimeError, match=r"in a new process, cuda_graph=False .*: RuntimeError: operation not permitted"):
+        model.train(1)
+    assert cuda.current == "default" and len(cuda.capture_streams) == 1
+    parameters = parameters_of(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"start a new process, .*RuntimeError: operation not permitted"):
+            model.train(1)
+    assert len(cuda.capture_streams) == 1
+    assert all(th.equal(tensor, parameters[name]) for name, tensor in parameters_of(model).items())
+
+
+def test_a_capture_that_ends_after_an_error_tells_it(monkeypatch):
+    model, cuda = make_on_cuda(monkeypatch, ZeroDivisionError("by a guard"))
+    with pytest.raises(ZeroDivisionError, match="by a guard"):
+        model.train(1)
+    assert cuda.current == "default"
+    model, cuda = make_on_cuda(monkeypatch, RuntimeError("cannot copy from the host"))
+    with pytest.raises(RuntimeError, match=r"cannot be captured as a CUDA graph .*: RuntimeError: cannot copy from the host"):
+        model.train(1)
+
+
+@pytest.mark.parametrize("is_ended", [True, False])
+def test_too_little_memory_is_told_as_such(is_ended, monkeypatch):
+    error = th.OutOfMemoryError("CUDA out of memory")
+    model, cuda = make_on_cuda(monkeypatch, error, None if is_ended else RuntimeError("previous error during capture"))
+    with pytest.raises(th.OutOfMemoryError, match="CUDA out of memory"):
+        model.train(1)
+    assert cuda.current == "default"
+    if is_ended:
+        model.train(1, batch_size=6)  # a warm-up
+    else:
+        with pytest.raises(RuntimeError, match="start a new process"):
+            model.train(1)
+
+
 # ----------------------------------------------------------------------- errors
 
 
@@ -468,9 +721,13 @@ class VectorAndPicture(gym.Env):
         return self.observation_space.sample(), {}
 
 
-def test_bad_arguments():
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_there_are_no_graphs_of_a_cpu(algorithm):
     with pytest.raises(ValueError, match="cuda_graph must be False with networks on device 'cpu', got True"):
-        make_model(cuda_graph=True)
+        make_model(algorithm, cuda_graph=True)
+
+
+def test_bad_arguments():
     with pytest.raises(ValueError, match="cuda_graph must be True or False, got 'yes'"):
         make_model(cuda_graph="yes")
     with pytest.raises(ValueError, match="cuda_graph must be False with use_sde=True, got True"):

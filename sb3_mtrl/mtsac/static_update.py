@@ -1,10 +1,13 @@
 """An update as a function of tensors that stay where they are, which a CUDA graph can hold and start as a whole."""
 
+import copy
+import weakref
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.save_util import recursive_getattr
@@ -15,8 +18,10 @@ from sb3_mtrl.mtsac.checks import check_cuda
 
 # Updates before one is recorded: they make the states of the optimisers and whatever libraries set up when first used
 N_WARM_UPS = 3
+# Kinds of updates that are kept, the last ones made. A training has two at most, each with a pool of GPU memory of its own.
+MAX_RECORDINGS = 8
 # Of settings that can be compared
-PLAIN_TYPES = frozenset((bool, int, float, str, tuple))
+PLAIN_TYPES = (bool, int, float, str, tuple, type(None), np.generic)
 
 
 def check_capturable(model: Any) -> None:
@@ -90,34 +95,58 @@ class StaticUpdate:
     prioritized buffer, and ``after_update`` of other guards. (Their ``drop_tasks`` is part of what is captured: it has to
     decide on the device, and anew each time.)
 
-    :param model: An MTSAC
+    :param model: An MTSAC, which is not kept alive by this
     """
 
     def __init__(self, model: Any):
-        self.model = model
-        self.captures = model.device.type == "cuda"
+        self._model = weakref.ref(model)  # a cycle would keep the memory of the graphs until Python looks for cycles
         self._stream: Any = None
         self._recordings: dict[Hashable, Recording] = {}
         # Of each group of each optimiser: its learning rate on the device, and the number that this tensor holds
         self._rates: list[tuple[th.Tensor, float]] = []
-        # What the graphs were captured with, and the tensors of the networks, which take their time to collect
+        # What the recordings were last made with, and the tensors of the networks, which take their time to collect
         self._network_tensors: list[th.Tensor] = []
-        self._captured: tuple[list[Any], list[Any]] | None = None
+        self._made_with: tuple[list[Any], list[Any]] | None = None
+        # Why no update can be made any more
+        self._failure: str | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StaticUpdate":
+        """Graphs cannot be copied, and hold the tensors of this model: the copy's are recorded anew."""
+        return type(self)(copy.deepcopy(self.model, memo))
+
+    @property
+    def model(self) -> Any:
+        """The model that this updates."""
+        return self._model()
+
+    @property
+    def captures(self) -> bool:
+        """Whether updates are captured."""
+        return self.model.device.type == "cuda"
 
     # ---------------------------------------------------------- what is captured
 
     def start(self) -> None:
         """
-        Forget the graphs if anything has changed that they hold, by reference or by value; called before some updates.
+        Forget the recordings if anything has changed that they hold, by reference or by value; called before some updates.
+        This goes through all tensors each time: nothing tells that someone has replaced one.
+
+        :raises RuntimeError: if an update before could not be captured
         """
-        if self._captured is None:
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+        if self._made_with is None:
             return
         objects, values = self._holdings()
-        if values == self._captured[1] and list(map(id, objects)) == list(map(id, self._captured[0])):
+        if values == self._made_with[1] and list(map(id, objects)) == list(map(id, self._made_with[0])):
             return
         self._recordings.clear()
         self._rates.clear()
-        self._captured = None
+        self._made_with = None
+
+    def _remember_holdings(self) -> None:
+        self._network_tensors = [*self.model.policy.parameters(), *self.model.policy.buffers()]
+        self._made_with = self._holdings()
 
     def _holdings(self) -> tuple[list[Any], list[Any]]:
         """Objects, and addresses and settings, that a captured update is made of."""
@@ -128,13 +157,20 @@ class StaticUpdate:
         tensors = [*self._network_tensors, *model._train_sums.values(), model._nonfinite_tasks]
         tensors += [tensor for group in groups for tensor in group["params"]]
         tensors += [tensor for state in states for tensor in state.values()]
-        names = [name for name in model._get_torch_save_params()[1] if not name.endswith("generator_state")]  # of the host
-        tensors += [recursive_getattr(model, name) for name in names]
+        variables = [(name, recursive_getattr(model, name)) for name in model._get_torch_save_params()[1]]
+        variables += [variable for guard in model.update_guards for variable in getattr(guard, "__dict__", {}).items()]
+        tensors += [value for name, value in variables if isinstance(value, th.Tensor) and self._can_be_held(name, value)]
         settings = [setting for group in groups for name, setting in group.items() if name not in ("params", "lr")]
         for owner in (model, *model.update_guards):
             settings += [getattr(owner, name, None) for name in _argument_names(type(owner))]  # type: ignore[arg-type]
-        plain = [setting for setting in settings if type(setting) in PLAIN_TYPES]
-        return [model.policy, *optimizers, *model.update_guards], [*(tensor.data_ptr() for tensor in tensors), *plain]
+        plain = [setting for setting in settings if isinstance(setting, PLAIN_TYPES)]
+        # The buffer says how errors are measured. Its rows are no part of a graph, and are not to be kept for it.
+        objects = [model.policy, *optimizers, *model.update_guards, weakref.ref(model.replay_buffer)]
+        return objects, [*(tensor.data_ptr() for tensor in tensors), *plain]
+
+    def _can_be_held(self, name: str, tensor: th.Tensor) -> bool:
+        """Whether an update may use the tensor of this name; one of the host may be a new one after each update."""
+        return tensor.device.type == self.model.device.type and not name.endswith("generator_state")
 
     def _run(self, recording: Recording, capturable: bool = False) -> None:
         """The function that is captured: no shape and no branch depends on what the tensors hold."""
@@ -173,10 +209,7 @@ class StaticUpdate:
         :param updates_targets: Whether the target networks follow
         """
         model = self.model
-        kind = Recording.kind(replay_data, updates_targets)
-        if kind not in self._recordings:
-            self._recordings[kind] = Recording(replay_data, updates_targets)
-        recording = self._recordings[kind]
+        recording = self._recording(replay_data, updates_targets)
         recording.fill(replay_data)
         for guard in filter(_is_split, model.update_guards):
             self._set_draws(recording, guard)
@@ -192,6 +225,16 @@ class StaticUpdate:
                 guard.tell_buffer(recording.resets[guard])
             else:
                 guard.after_update(recording.dropped)
+
+    def _recording(self, replay_data: Any, updates_targets: bool) -> Recording:
+        kind = Recording.kind(replay_data, updates_targets)
+        if kind not in self._recordings or self._recordings[kind].graph is None:
+            self.start()  # as what is remembered after this update would hide a change from the graphs of other kinds
+        recording = self._recordings.pop(kind, None) or Recording(replay_data, updates_targets)
+        self._recordings[kind] = recording  # the last one used comes last
+        if len(self._recordings) > MAX_RECORDINGS:
+            del self._recordings[next(iter(self._recordings))]
+        return recording
 
     @staticmethod
     def _set_draws(recording: Recording, guard: WResetCallback) -> None:
@@ -216,11 +259,11 @@ class StaticUpdate:
             return
         if recording.graph is None and recording.n_warm_ups < N_WARM_UPS:
             self._warm_up(recording)
+            self._remember_holdings()  # what is made only now must not be gone when the next update is captured
             return
         if recording.graph is None:
             recording.graph = self._capture(recording)
-            self._network_tensors = [*self.model.policy.parameters(), *self.model.policy.buffers()]
-            self._captured = self._holdings()
+            self._remember_holdings()
         recording.graph.replay()
 
     def _warm_up(self, recording: Recording) -> None:
@@ -243,15 +286,38 @@ class StaticUpdate:
         for optimizer in self.model._stepping_optimizers():
             optimizer.zero_grad()  # gradients have to be in the memory of the graph
         graph = th.cuda.CUDAGraph()
-        try:
-            with th.cuda.device(self.model.device), th.cuda.graph(graph):
-                self._run(recording, capturable=True)
-        except RuntimeError as error:
-            raise RuntimeError(
-                "the update cannot be captured as a CUDA graph (does a guard, features extractor or layer of your own look at "
-                f"values, or bring some from the host?); cuda_graph=False runs it as it is: {error}"
-            ) from error
+        with th.cuda.device(self.model.device):
+            current = th.cuda.current_stream()
+            try:
+                # A stream of this device, which PyTorch's own is not if it captured on another one before
+                with th.cuda.graph(graph, stream=self._stream):
+                    self._run(recording, capturable=True)
+            except th.OutOfMemoryError:
+                raise  # the capture was ended, and a smaller batch may do
+            except RuntimeError as error:
+                self._refuse(error)
+            finally:
+                th.cuda.set_stream(current)  # else it stays that of a capture that could not be ended
         return graph
+
+    def _refuse(self, error: RuntimeError) -> NoReturn:
+        """
+        :param error: What was raised out of a capture. To end one that has failed fails, too: then this is the error that is
+            raised, and the reason its context
+        :raises RuntimeError: always; ``OutOfMemoryError`` if this is the reason
+        """
+        reason = error.__context__ or error
+        self._failure = (
+            "the capture of an update as a CUDA graph failed before, which can leave PyTorch unable to go on: start a new "
+            f"process, with cuda_graph=False if the reason remains ({type(reason).__name__}: {reason})"
+        )
+        if isinstance(reason, th.OutOfMemoryError):
+            raise reason from None
+        raise RuntimeError(
+            "the update cannot be captured as a CUDA graph (does a guard, features extractor or layer of your own look at "
+            "values, or bring some from the host?); in a new process, cuda_graph=False runs it as it is: "
+            f"{type(reason).__name__}: {reason}"
+        ) from reason
 
 
 def _tensors(replay_data: Any) -> Iterator[tuple[str, th.Tensor]]:

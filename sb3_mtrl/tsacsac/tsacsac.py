@@ -262,7 +262,13 @@ class TSACSAC(MTSAC):
         if "extra_columns" in self.replay_buffer_kwargs:
             raise ValueError("replay_buffer_kwargs must not set extra_columns: TSACSAC needs its own")
         self.replay_buffer_class = self.replay_buffer_class or MultiTaskReplayBuffer
-        super()._setup_model()
+        n_multipliers = self.num_tasks if self.lambda_mode == "per_task" else 1
+        raw_lambda = th.full((n_multipliers,), inverse_softplus(self.lambda_init), device=self.device)
+        self.raw_lambda = raw_lambda.requires_grad_(True)
+        # Fused, a step can be skipped on the GPU without waiting for it
+        fused = True if self.device.type == "cuda" else None
+        self.lambda_optimizer = th.optim.Adam([self.raw_lambda], lr=self.lambda_learning_rate, fused=fused)
+        super()._setup_model()  # checks all optimisers
         self.sparse_batch_norm_stats = get_parameters_by_name(self.sparse_critic, ["running_"])
         self.sparse_batch_norm_stats_target = get_parameters_by_name(self.sparse_critic_target, ["running_"])
         if self.edit_target_entropy == "auto":
@@ -272,13 +278,6 @@ class TSACSAC(MTSAC):
         if self.log_ent_coef is not None and self.ent_coef_optimizer is not None:
             self.log_edit_ent_coef = self.log_ent_coef.detach().clone().requires_grad_(True)
             self.ent_coef_optimizer.add_param_group({"params": [self.log_edit_ent_coef]})
-
-        n_multipliers = self.num_tasks if self.lambda_mode == "per_task" else 1
-        raw_lambda = th.full((n_multipliers,), inverse_softplus(self.lambda_init), device=self.device)
-        self.raw_lambda = raw_lambda.requires_grad_(True)
-        # Fused, a step can be skipped on the GPU without waiting for it
-        fused = True if self.device.type == "cuda" else None
-        self.lambda_optimizer = th.optim.Adam([self.raw_lambda], lr=self.lambda_learning_rate, fused=fused)
         self._budgets = th.as_tensor(budgets, dtype=th.float32, device=self.device)  # (T,)
         self._rollout_rewards = th.zeros(2, self.num_tasks, device=self.device)
 
