@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch as th
+from torch.profiler import record_function
 
 from benchmarks.speed import gpu, peers, run, simulator
 from benchmarks.speed.bare import BareMTSAC, MatrixProducts
@@ -226,11 +229,68 @@ def test_gpu_measurements_run_on_a_cpu(monkeypatch, tmp_path, capsys):
     assert gpu.main() == 0
     results = json.loads((tmp_path / "results.json").read_text())
     equality = results["equality"]["mtsac"]
-    assert equality["max_difference"] <= 1e-6 < equality["max_change"]
+    assert list(equality) == ["host replay", "resident replay", "two kinds of update"]
+    for row in equality.values():
+        assert row["max_difference"] <= 1e-6 < row["max_change"] and row["is_equal"]
+    assert [row["n_updates"] for row in equality.values()] == [5, 5, 4]
     rows = results["updates"]["T=2 B=8"]["mtsac"]
     assert list(rows) == ["eager", "graph", "graph, resident replay"]
     assert all(row["kernels"] > 100 and row["updates_per_second"] > 0 for row in rows.values())
     assert "GFLOP" in capsys.readouterr().out
+
+
+def test_gpu_measurements_go_on_behind_an_algorithm_that_fails(monkeypatch, tmp_path, capsys):
+    """One raises in the middle, one is not equal: what there is by then is written each time, and the exit code is 1."""
+    path, written = tmp_path / "results.json", []
+
+    def compare(self, algorithm, case):
+        written.append(path.exists())
+        share = 0.5 if algorithm == "pacosac" and case == "resident replay" else 0.0
+        return {"n_updates": 1, "max_difference": share, "max_change": 1.0, "share_of_change": share, "is_equal": share == 0}
+
+    def measure(self, algorithm, num_tasks, batch_size):
+        if algorithm == "mtsac":
+            raise RuntimeError("no memory")
+        return {"eager": {}}
+
+    monkeypatch.setattr(gpu.gc, "collect", lambda: None)  # of all tests, it takes its time
+    monkeypatch.setattr(gpu.Measurement, "compare", compare)
+    monkeypatch.setattr(gpu.Measurement, "measure", measure)
+    algorithms = ["mtsac", "pacosac", "starssac"]
+    arguments = ["--device", "cpu", "--tiny", "--algorithms", *algorithms, "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
+    assert gpu.main() == 1
+    results, output = json.loads(path.read_text()), capsys.readouterr()
+    assert list(results["equality"]) == algorithms and list(results["updates"]["T=2 B=8"]) == ["pacosac", "starssac"]
+    assert written == [False] * 3 + [True] * 6
+    assert "failed: mtsac, pacosac\n" in output.err and "RuntimeError: no memory" in output.err
+    assert output.out.count("NOT EQUAL") == 1
+
+
+def test_updates_that_differ_are_noticed(monkeypatch):
+    measurement = gpu.Measurement("cpu", tiny=True, rounds=1)
+    make_model = measurement.make_model
+
+    def with_other_updates(algorithm, num_tasks, batch_size, graph, resident, **kwargs):
+        return make_model(algorithm, num_tasks, batch_size, graph, resident, tau=0.5 if graph else 0.005, **kwargs)
+
+    monkeypatch.setattr(measurement, "make_model", with_other_updates)
+    row = measurement.compare("mtsac", "host replay")
+    assert row["share_of_change"] > gpu.TOLERANCE and not row["is_equal"]
+
+
+def test_names_of_parts_are_no_kernels():
+    model = gpu.Measurement("cpu", tiny=True, rounds=1).make_model("mtsac", 2, 8, graph=False, resident=False)
+    counts = []
+    for is_named in (False, True):
+
+        def train(gradient_steps, is_named=is_named):
+            with record_function("all of it") if is_named else nullcontext():
+                th.zeros(2).add_(1)
+
+        model.train = train
+        counts.append(gpu.Measurement.count_kernels(SimpleNamespace(device="cpu", synchronize=lambda: None), model))
+    assert counts[0] == counts[1] > 0
 
 
 def test_operations_and_bytes_of_an_update():

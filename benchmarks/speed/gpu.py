@@ -1,22 +1,28 @@
 """
 The updates of all algorithms on a GPU: ``python -m benchmarks.speed.gpu``.
 
-First the update as one CUDA graph is compared with the same update started kernel by kernel, over 100 updates with equal
-random numbers. Then three ways to update are timed in turns: kernel by kernel ("eager"), as a graph, and as a graph with the
-replay buffer on the GPU, at T = 10 (batch 1280) and T = 50 (batch 6400), with the number of kernels per update and the share
-of two lower bounds: the matrix products of the update at the speed of one large product, and the bytes of parameters,
-gradients and moments at the speed of one large copy, both measured in the same run.
+For each algorithm, first the update as one CUDA graph is compared with the same update started kernel by kernel, over 100
+updates with equal random numbers, in three cases: with the replay buffer in main memory, with it on the GPU, and with target
+networks that follow every second update, which makes two graphs. A GPU adds in any order, so that they may differ by rounding:
+they are equal if the norm of the difference of all parameters is at most 1 % of that of their change. Then three ways to
+update are timed in turns: kernel by kernel ("eager"), as a graph, and as a graph with the replay buffer on the GPU, at T = 10
+(batch 1280) and T = 50 (batch 6400), with the number of kernels per update and the share of two lower bounds: the matrix
+products of the update at the speed of one large product, and the bytes of parameters, gradients and moments at the speed of
+one large copy, both measured in the same run.
 
 Each timed update is one call of ``train``, as in a training with one update per step. ``on_nonfinite`` is "mask" everywhere:
 with "raise", each call of ``train`` waits for the GPU once.
 
-Without a GPU it ends with exit code 2. ``--device cpu --tiny`` runs the same code, uncaptured, on tiny networks: to test it,
-not to measure.
+Results are written after each algorithm, and one that fails does not keep those after it from being tried (a capture that
+fails may, as it can leave PyTorch unable to go on). Exit code 1: an algorithm failed, or its graph is not equal. Exit code 2:
+there is no GPU. ``--device cpu --tiny`` runs the same code, uncaptured, on tiny networks: to test it, not to measure.
 """
 
 import argparse
+import gc
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +42,10 @@ from sb3_mtrl.zoo.algorithms import ALGORITHMS
 SIZES = ((10, 1280), (50, 6400))  # tasks, batch
 N_EQUAL_UPDATES = 100
 WAYS = {"eager": (False, False), "graph": (True, False), "graph, resident replay": (True, True)}
+# Cases of the comparison: whether the replay buffer is on the device, and how many updates target networks follow
+CASES = {"host replay": (False, 1), "resident replay": (True, 1), "two kinds of update": (False, 2)}
+# Largest norm of the difference of all parameters, as a share of that of their change
+TOLERANCE = 0.01
 # A float32 holds it exactly, so that both ways to update use the same
 LEARNING_RATE = 2**-11
 
@@ -85,24 +95,34 @@ class Measurement:
             model._static_update = StaticUpdate(model) if graph else None
         return model
 
-    def compare(self, algorithm: str) -> dict[str, float]:
+    def compare(self, algorithm: str, case: str) -> dict[str, Any]:
         """
         :param algorithm: Name in the zoo's table
-        :return: The largest difference of a parameter after updates with and without a graph, and the largest change of one
+        :param case: One of ``CASES``
+        :return: The largest difference of a parameter after updates with and without a graph, the largest change of one, the
+            norm of all differences as a share of that of all changes, and whether this is within the tolerance
         """
-        # Priorities would make other batches of other roundings
-        kwargs: dict[str, Any] = {"per_alpha": 0.0} if algorithm == "starssac" else {}
+        resident, interval = CASES[case]
+        kwargs: dict[str, Any] = {"target_update_interval": interval}
+        if algorithm == "starssac":
+            kwargs["per_alpha"] = 0.0  # priorities would make other batches of other roundings
         states = []
         for graph in (False, True):
-            model = self.make_model(algorithm, *self.sizes[0], graph, False, **kwargs)
-            before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+            model = self.make_model(algorithm, *self.sizes[0], graph, resident, **kwargs)
+            before = parameter_vector(model)
             model.set_random_seed(1)
-            for _ in range(self.n_equal_updates):
-                model.train(1)
-            states.append(model.policy.state_dict())
-        differences = [(states[0][name] - states[1][name]).abs().max().item() for name in before]
-        changes = [(states[0][name] - before[name]).abs().max().item() for name in before]
-        return {"n_updates": self.n_equal_updates, "max_difference": max(differences), "max_change": max(changes)}
+            for _ in range(self.n_equal_updates // interval):
+                model.train(interval)
+            states.append(parameter_vector(model))
+        difference, change = states[1] - states[0], states[0] - before
+        share = (difference.norm() / change.norm()).item()
+        return {
+            "n_updates": self.n_equal_updates // interval * interval,
+            "max_difference": difference.abs().max().item(),
+            "max_change": change.abs().max().item(),
+            "share_of_change": share,
+            "is_equal": share <= TOLERANCE,  # not so if it is NaN
+        }
 
     def measure(self, algorithm: str, num_tasks: int, batch_size: int) -> dict[str, dict[str, Any]]:
         """
@@ -149,7 +169,8 @@ class Measurement:
             model.train(1)
             self.synchronize()
         wanted = DeviceType.CUDA if self.device == "cuda" else DeviceType.CPU
-        return sum(event.device_type == wanted for event in profiled.events())
+        # The names that PyTorch gives to parts of a program, e.g. to a step, are events, too
+        return sum(event.device_type == wanted and not event.is_user_annotation for event in profiled.events())
 
     def _flop_per_second(self) -> float:
         """Speed of one large product of float32 matrices, in the precision that the updates have."""
@@ -170,6 +191,14 @@ class Measurement:
             self.synchronize()
 
         return float(np.min(time_in_turns({"": calls}, rounds=5)[""])) / n_calls
+
+
+def parameter_vector(model: MTSAC) -> th.Tensor:
+    """
+    :param model: A model
+    :return: All that its policy's file would hold, in one tensor
+    """
+    return th.cat([tensor.detach().double().flatten() for tensor in model.policy.state_dict().values()])
 
 
 def count_flop(model: MTSAC) -> int:
@@ -217,22 +246,45 @@ def main() -> int:
     results.update(flop_per_second=measurement.flop_per_second, bytes_per_second=measurement.bytes_per_second)
     tflops, gigabytes = measurement.flop_per_second / 1e12, measurement.bytes_per_second / 1e9
     print(f"one large product: {tflops:.2f} TFLOP/s, one large copy: {gigabytes:.1f} GB/s")
-    results["equality"] = {}
+    results.update(equality={}, updates={f"T={num_tasks} B={batch_size}": {} for num_tasks, batch_size in measurement.sizes})
+    failed = []
     for algorithm in arguments.algorithms:
-        row = results["equality"][algorithm] = measurement.compare(algorithm)
+        try:
+            if not run_algorithm(measurement, algorithm, results):
+                failed.append(algorithm)
+        except Exception:
+            traceback.print_exc()
+            failed.append(algorithm)
+        if arguments.output is not None:
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def run_algorithm(measurement: Measurement, algorithm: str, results: dict[str, Any]) -> bool:
+    """
+    All of one algorithm.
+
+    :param measurement: What compares and measures
+    :param algorithm: Name in the zoo's table
+    :param results: Where the results go
+    :return: Whether updates with and without a graph were equal in all cases
+    """
+    rows = results["equality"][algorithm] = {}
+    for case in CASES:
+        row = rows[case] = measurement.compare(algorithm, case)
+        gc.collect()  # models with guards are in cycles with them
         print(
-            f"{algorithm}: graph and eager differ by at most {row['max_difference']:.2e} after {row['n_updates']} updates "
-            f"(largest change of a parameter: {row['max_change']:.2e})"
+            f"{algorithm}, {case}: graph and eager differ by at most {row['max_difference']:.2e} after {row['n_updates']} "
+            f"updates (largest change of a parameter: {row['max_change']:.2e}), by {row['share_of_change']:.2e} of the norm "
+            f"of all changes: {'equal' if row['is_equal'] else 'NOT EQUAL'}"
         )
-    results["updates"] = {
-        f"T={num_tasks} B={batch_size}": {
-            algorithm: measurement.measure(algorithm, num_tasks, batch_size) for algorithm in arguments.algorithms
-        }
-        for num_tasks, batch_size in measurement.sizes
-    }
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+    for num_tasks, batch_size in measurement.sizes:
+        table = measurement.measure(algorithm, num_tasks, batch_size)
+        results["updates"][f"T={num_tasks} B={batch_size}"][algorithm] = table
+        gc.collect()
+    return all(row["is_equal"] for row in rows.values())
 
 
 if __name__ == "__main__":
