@@ -11,7 +11,7 @@ import pytest
 import torch as th
 from torch.profiler import record_function
 
-from benchmarks.speed import gpu, peers, run, simulator
+from benchmarks.speed import gpu, peers, prioritized, run, simulator
 from benchmarks.speed.bare import BareMTSAC, MatrixProducts
 from benchmarks.speed.measure import Program, machine_line, print_table, summarize, time_in_turns
 from sb3_mtrl.mtsac.policies import sample_squashed_gaussian
@@ -304,3 +304,9 @@ def test_operations_and_bytes_of_an_update():
     n_actor, n_critics = actor + 8 + 8, critics + 2 * (8 + 1)
     n_learned = n_actor + n_critics + 2  # two entropy coefficients
     assert gpu.count_bytes(model) == 4 * (10 * n_learned + 4 * n_critics + 8 * (2 * 39 + 4 + 2))
+
+
+def test_replay_table_has_rows_for_both_buffers():
+    table = prioritized.measure_replay(rounds=1, num_tasks=2, batch_size=8, rows_per_task=50, n_calls=1)
+    names = {"sample, plain", "sample, prioritized", "update_priorities", "sample + update_priorities", "add, plain"}
+    assert names <= set(table)

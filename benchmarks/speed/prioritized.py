@@ -49,7 +49,7 @@ def measure_replay(
     prioritized = TaskPrioritizedReplayBuffer(*settings, num_tasks=num_tasks)
     fill(prioritized)
     plain = MultiTaskReplayBuffer(*settings, num_tasks=num_tasks)
-    plain._rows = prioritized._rows  # the same memory: there may be no room for two
+    plain._storage = prioritized._storage  # the same memory: there may be no room for two
     plain.full[:] = True
     plain._laps[:] = 1
     errors = np.random.default_rng(1).exponential(size=batch_size)

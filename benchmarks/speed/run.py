@@ -342,7 +342,7 @@ def main() -> None:
     for name, measure in sections.items():
         if args.only is None or name in args.only:
             results[name] = measure()
-    args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"\nwritten to {args.output}", end="")
     try:
         plot(results, args.output.with_suffix(".png"))
