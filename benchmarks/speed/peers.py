@@ -17,7 +17,7 @@ PEERS = {
 def peer_python(name: str) -> str:
     """
     Python with another library, made below ``.cache`` if it is not there yet: ``"sbx"``, Stable-Baselines3 in JAX (300 MB of
-    JAX), or ``"envpool"``, simulators in C++ (300 MB).
+    JAX), or ``"envpool"``, simulators in C++ (0.8 GB).
 
     SB3, Gymnasium, PyTorch and NumPy are those of this environment, so that both sides run the same.
 
