@@ -4,6 +4,7 @@ Train a grid of methods and seeds, as far as it is not done yet; see ``presets.y
     python -m benchmarks.learning.run --preset cpu_suite --jobs 2       # start, or go on
     python -m benchmarks.learning.run --preset mt10 --emit              # a command for each run, for any scheduler
     python -m benchmarks.learning.run --preset mt10 --collect           # results of runs that finished elsewhere
+    python -m benchmarks.learning.run --preset cpu_suite --random       # what a random policy reaches on the same goals
     python -m sb3_mtrl.plot --results benchmarks/learning/cpu_suite.csv
 
 Each run is a process of its own, which writes where ``rl_zoo3.train -f`` would (``<folder>/<preset>``, the number of the
@@ -16,6 +17,7 @@ have been without the stop.
 When a run is finished, its policy is evaluated on all goals, and three tables get its rows: ``<preset>.csv`` (the curves:
 method, env, seed, step, task, success, return), ``<preset>_final.csv`` (the same columns, all goals) and
 ``<preset>_runs.csv`` (seconds, and how many updates were dropped and vectors reset). What is in them is not trained again.
+``python -m benchmarks.report`` brings them into README.md.
 """
 
 import argparse
@@ -41,8 +43,11 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from benchmarks.learning.results import append_results, locked, read_results
+from sb3_mtrl.common.callbacks import DEFAULT_EVAL_SEED
+from sb3_mtrl.common.evaluation import RandomPolicy, evaluate_multi_task_policy
 from sb3_mtrl.common.results import RunHistory, read_evaluations, read_progress
-from sb3_mtrl.evaluate import evaluate_run
+from sb3_mtrl.common.vec_env import make_multi_task_vec_env
+from sb3_mtrl.evaluate import PROTOCOLS, evaluate_run
 from sb3_mtrl.zoo import register
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.runs import find_run, import_packages
@@ -50,6 +55,8 @@ from sb3_mtrl.zoo.utils import hyperparams_path
 
 HERE = Path(__file__).parent
 COUNTS = ("train/dropped_updates", "train/w_resets")
+# Name of the random policy in the tables
+RANDOM = "random"
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,9 +290,38 @@ def collect(cells: Sequence[Cell], results: Path) -> int:
         with locked(runs_path):
             n_added += not is_collected(cell, results)
             for name, rows in tables.items():
-                if not holds_run(results / name, cell):
+                if not holds_run(results / name, cell.method, cell.env, cell.seed):
                     append_results(results / name, rows)
     return n_added
+
+
+def evaluate_random_policy(preset: str, settings: dict[str, Any], results: Path) -> int:
+    """
+    Append what a random policy reaches on the goals of the last evaluations to ``<preset>_final.csv``, as the method
+    "random" with no steps, if it is not there.
+
+    :param preset: Name of the preset
+    :param settings: Its entry
+    :param results: Folder of the tables
+    :return: Number of rows that were added
+    """
+    path = results / f"{preset}_final.csv"
+    key = {"method": RANDOM, "env": settings["env"], "seed": 0}
+    if holds_run(path, **key):
+        return 0
+    protocol = PROTOCOLS[settings["protocol"]]
+    env_kwargs = {**settings.get("env_kwargs", {}), "goals": "cycle", "success": "any", "horizon": protocol.horizon}
+    num_tasks = gym.spec(settings["env"]).make(**env_kwargs).unwrapped.num_tasks  # type: ignore[attr-defined]
+    env = make_multi_task_vec_env(settings["env"], num_tasks, seed=DEFAULT_EVAL_SEED, env_kwargs=env_kwargs)
+    policy = RandomPolicy(env.observation_space, env.action_space)
+    evaluation = evaluate_multi_task_policy(policy, env, protocol.episodes_per_task, seed=DEFAULT_EVAL_SEED)
+    env.close()
+    rows = [
+        {**key, "step": 0, "task": task, "success": row["success_rate"], "return": round(row["mean_reward"], 3)}
+        for task, row in evaluation.to_dict()["tasks"].items()
+    ]
+    append_results(path, rows)
+    return len(rows)
 
 
 def is_collected(cell: Cell, results: Path) -> bool:
@@ -294,16 +330,18 @@ def is_collected(cell: Cell, results: Path) -> bool:
     :param results: Folder of the tables
     :return: Whether its rows are in the tables
     """
-    return holds_run(results / f"{cell.preset}_runs.csv", cell)
+    return holds_run(results / f"{cell.preset}_runs.csv", cell.method, cell.env, cell.seed)
 
 
-def holds_run(path: Path, cell: Cell) -> bool:
+def holds_run(path: Path, method: str, env: str, seed: int) -> bool:
     """
     :param path: A table
-    :param cell: A run
-    :return: Whether it holds rows of the run
+    :param method: Name of the method
+    :param env: Id of the environment
+    :param seed: Seed
+    :return: Whether the table holds rows of this run
     """
-    key = (cell.method, cell.env, str(cell.seed))
+    key = (method, env, str(seed))
     return any((row["method"], row["env"], row["seed"]) == key for row in read_results(path))
 
 
@@ -415,6 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--emit", action="store_true", help="print the command of each run that is not finished, start none")
     what.add_argument("--collect", action="store_true", help="write the results of finished runs into the tables, start none")
+    what.add_argument("--random", action="store_true", help="write what a random policy reaches into the tables, start no run")
     what.add_argument("--run", nargs=2, metavar=("METHOD", "SEED"), help="train this run in this process")
     args = parser.parse_args(arguments)
     if args.jobs < 1:
@@ -438,6 +477,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except BlockingIOError:
                 sys.exit(f"another process trains {cell.run_folder}")
             train(cell, args.device)
+        return
+    if args.random:
+        n_rows = evaluate_random_policy(args.preset, settings, args.results)
+        print(f"{n_rows} rows of the random policy added to the tables", file=sys.stderr)
         return
     n_added = collect(cells, args.results)
     todo = [cell for cell in cells if not cell.is_finished and not is_collected(cell, args.results)]

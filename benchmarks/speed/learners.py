@@ -8,7 +8,7 @@ name.
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,8 @@ def make_loop(
     env_kwargs: dict[str, Any],
     n_vector_steps: int,
     kwargs: dict[str, Any],
+    net_arch: Sequence[int] = NET_ARCH,
+    n_threads: int | None = None,
 ) -> Callable[[], None]:
     """
     :param algorithm: See ``algorithm_class``
@@ -101,8 +103,12 @@ def make_loop(
     :param env_kwargs: Arguments of the environment
     :param n_vector_steps: Steps of the vector environment per call
     :param kwargs: Further arguments of the algorithm
+    :param net_arch: Widths of the hidden layers
+    :param n_threads: Threads of the learner; None: PyTorch's own choice
     :return: Trains for that many steps of the vector environment
     """
+    if n_threads is not None:
+        th.set_num_threads(n_threads)
     n_envs = int(suite.removeprefix("MT"))
     model = algorithm_class(algorithm)(
         "MlpPolicy",
@@ -110,7 +116,7 @@ def make_loop(
         batch_size=batch_size,
         learning_starts=10 * n_envs,
         buffer_size=10_000 * n_envs,
-        policy_kwargs=dict(net_arch=list(NET_ARCH)),
+        policy_kwargs=dict(net_arch=list(net_arch)),
         seed=0,
         **kwargs,
     )

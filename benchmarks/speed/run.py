@@ -4,7 +4,8 @@ Speed as ratios: ``python -m benchmarks.speed.run`` (``make bench``).
 The variants of a table take turns, each round in another order; a ratio is the median over the rounds of the first variant's
 time by this one's. Absolute times depend on the machine and on what else it does: quote the ratios. Other people's learners
 and ours run in processes of their own, so that what ``cpu_tuning`` sets helps ours only. With ``--cores 1 --clock
-process_time`` the figures of the learners hold even where other programs run.
+process_time`` the figures of the learners hold even where other programs run. Sections of the output that are not measured
+stay as they are.
 """
 
 import argparse
@@ -65,14 +66,16 @@ class Learners:
         units: int,
         sbx: list[int] | None = None,
         skipped: Table | None = None,
+        cost_in: str | None = None,
     ) -> Table:
         """
         :param title: Title of the table
-        :param programs: For each process the arguments of its learners by name, see ``benchmarks.speed.learners``; the very
-            first learner is what the others are compared with
+        :param programs: For each process the arguments of its learners by name, see ``benchmarks.speed.learners``; what the
+            others are compared with is the fastest of those whose name begins with "SB3", or the first one without such
         :param units: Updates or steps per call
         :param sbx: Arguments of SBX's SAC, None: without
         :param skipped: What is not measured, with the reason
+        :param cost_in: A learner in whose time the rows tell theirs, too, as ``cost`` and ``cost_quartiles``; None: without
         :return: The table
         """
         names = [name for learners in programs for name in learners]
@@ -100,8 +103,17 @@ class Learners:
         finally:
             for program in started:
                 program.close()
-        table = summarize(seconds, units, reference=names[0])
-        return print_table(title, {**table, **skipped})
+        stock = [name for name in names if name.startswith("SB3")]
+        reference = min(stock or names[:1], key=lambda name: np.median(seconds[name]))
+        table = summarize(seconds, units, reference=reference)
+        if cost_in is not None:
+            for name, row in table.items():
+                low, cost, high = np.percentile(seconds[name] / seconds[cost_in], [25, 50, 75])
+                row.update(cost=float(cost), cost_quartiles=[float(low), float(high)])
+        print_table(title, {**table, **skipped})
+        if cost_in is not None:
+            print(f"time in updates of {cost_in}:", ", ".join(f"{name} {row['cost']:.2f}" for name, row in table.items()))
+        return {**table, **skipped}
 
     def updates(self, num_tasks: int, batch_size: int, n_updates: int) -> Table:
         """All algorithms of the zoo, and what they are compared with."""
@@ -125,9 +137,7 @@ class Learners:
             ours,
         ]
         title = f"one update: {num_tasks} tasks, batch {batch_size}, 3 x 400"
-        table = self.compare(title, programs, n_updates, sbx=[num_tasks, batch_size, n_updates], skipped=skipped)
-        print("cost in updates of MTSAC:", ", ".join(f"{name} {cost:.2f}" for name, cost in costs(table).items()))
-        return table
+        return self.compare(title, programs, n_updates, [num_tasks, batch_size, n_updates], skipped, cost_in="MTSAC")
 
     def scaling(self, title: str, learners: dict[str, dict[str, Any]], n_updates: int = 1) -> Table:
         """Learners of ours in one process."""
@@ -168,11 +178,27 @@ class Learners:
         }
         return self.scaling("one update over the batch: 10 tasks", learners)
 
-    def loops(self, n_vector_steps: int = 10) -> Table:
-        """Training on MT10: one update of 1280 rows for ten environment steps."""
+    def loops(self) -> Table:
+        """Networks and batches of the papers' size: an update is most of the time."""
+        return self._loops("3 x 400, 1280 rows", 10, dict(batch_size=1280))
+
+    def loops_of_small_networks(self) -> Table:
+        """Of the size that a CPU trains in minutes; more threads than one slow such networks down."""
+        settings = dict(batch_size=320, net_arch=(128, 128), n_threads=1)
+        return self._loops("2 x 128, 320 rows, one thread", 60, settings)
+
+    def _loops(self, size: str, n_vector_steps: int, settings: dict[str, Any]) -> Table:
+        """
+        Training on MT10: one update for ten environment steps.
+
+        :param size: What the title says of networks and batches
+        :param n_vector_steps: Steps of the vector environment per call
+        :param settings: Further arguments of ``benchmarks.speed.learners.make_loop``
+        :return: The table
+        """
 
         def loop(algorithm: str, vec_env: str, env_kwargs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-            arguments = dict(suite="MT10", batch_size=1280, n_vector_steps=n_vector_steps, kwargs=kwargs)
+            arguments = dict(suite="MT10", n_vector_steps=n_vector_steps, kwargs=kwargs, **settings)
             return dict(algorithm=algorithm, vec_env=vec_env, env_kwargs=env_kwargs, **arguments)
 
         stock = {"fast": False}  # Meta-World's own simulation
@@ -186,17 +212,7 @@ class Learners:
             "PaCoSAC, shared, overlap": loop("pacosac", "shared", {}, overlap=True),
         }
         programs = [{name: arguments} for name, arguments in learners.items()]
-        table = self.compare("one environment step of training on MT10", programs, 10 * n_vector_steps)
-        best_of_sb3 = max(row["speed_ratio"] for name, row in table.items() if name.startswith("SB3"))
-        print("speed by that of the better of the stock loops:", end=" ")
-        print(", ".join(f"{name} {row['speed_ratio'] / best_of_sb3:.2f}" for name, row in table.items() if "SB3" not in name))
-        return table
-
-
-def costs(table: Table) -> dict[str, float]:
-    """Time of an update by that of MTSAC's, from the ratios (both against the same reference, round by round)."""
-    reference = table["MTSAC"]["speed_ratio"]
-    return {name: reference / row["speed_ratio"] for name, row in table.items() if "skipped" not in row and name != "MTSAC"}
+        return self.compare(f"one environment step of training on MT10: {size}", programs, 10 * n_vector_steps)
 
 
 def measure_replay(rounds: int, num_tasks: int = 10, batch_size: int = 1280, n_samples: int = 100) -> Table:
@@ -226,7 +242,12 @@ def measure_replay(rounds: int, num_tasks: int = 10, batch_size: int = 1280, n_s
 
 
 def array_bytes(buffer: ReplayBuffer) -> int:
-    return sum(value.nbytes for value in vars(buffer).values() if isinstance(value, np.ndarray))
+    """
+    :param buffer: A replay buffer in main memory
+    :return: Bytes of its arrays
+    """
+    rows = buffer._storage.host_bytes if isinstance(buffer, MultiTaskReplayBuffer) else 0
+    return rows + sum(value.nbytes for value in vars(buffer).values() if isinstance(value, np.ndarray))
 
 
 def replay_megabytes(num_tasks: int, n_rows: int) -> dict[str, float]:
@@ -288,6 +309,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     bars = [("update", "updates, 10 tasks"), ("update_50_tasks", "updates, 50 tasks"), ("loop", "training on MT10")]
+    bars += [("loop_of_small_networks", "training on MT10,\nsmall networks")]
     bars = [(key, title) for key, title in bars if key in results]
     if not bars:
         return
@@ -300,7 +322,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.invert_yaxis()
         axes.set(title=title, xlabel=f"speed by that of\n{next(iter(rows))}")
-    figure.suptitle(textwrap.fill(results["machine"], 70 * len(bars)), fontsize=7)
+    machines = sorted({results["conditions"][key]["machine"] for key, _ in bars})
+    figure.suptitle("\n".join(textwrap.fill(machine, 70 * len(bars)) for machine in machines), fontsize=7)
     figure.savefig(path)
 
 
@@ -322,6 +345,7 @@ def main() -> None:
         "over_experts": learners.over_experts,
         "over_batch": learners.over_batch,
         "loop": learners.loops,
+        "loop_of_small_networks": learners.loops_of_small_networks,
         "replay": lambda: measure_replay(args.rounds),
         "prioritized": lambda: prioritized.measure_replay(args.rounds, num_tasks=10, batch_size=1280),
         "simulator": lambda: simulator.measure(args.rounds),
@@ -331,17 +355,20 @@ def main() -> None:
         parser.error(f"--only must name sections of {', '.join(sections)}, got {', '.join(sorted(unknown))}")
     cores = "all" if args.cores is None else args.cores
     print(f"sb3_mtrl {sb3_mtrl.__version__}: {machine_line()}; {cores} cores per learner, {args.rounds} rounds, {args.clock}")
-    results: dict[str, Any] = {
+    conditions = {
         "machine": machine_line(),
         "threads": th.get_num_threads(),
         "cores_per_learner": args.cores,
         "clock": args.clock,
-        "rounds": args.rounds,
+        "rounds_at_most": args.rounds,
         "date": time.strftime("%Y-%m-%d"),
     }
+    # What is not measured now stays, with the conditions that it was measured under
+    results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {"conditions": {}}
     for name, measure in sections.items():
         if args.only is None or name in args.only:
             results[name] = measure()
+            results["conditions"][name] = conditions
             args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"\nwritten to {args.output}", end="")
     try:
