@@ -9,14 +9,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
-from benchmarks.learning import run
-from benchmarks.learning.results import locked, read_results
+from benchmarks.learning import gate_sharing, run
+from benchmarks.learning.results import append_results, locked, read_results
 from sb3_mtrl import PaCoSAC
+from sb3_mtrl.common.evaluation import MultiTaskEvaluation, evaluate_multi_task_policy
+from sb3_mtrl.evaluate import Protocol
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.utils import hyperparams_path
 
@@ -52,7 +55,7 @@ def cell(presets: Path, method: str, seed: int = 1) -> run.Cell:
     return run.Cell("tiny", method, seed, PRESET, presets.parent / "logs")
 
 
-def test_run_resumes_and_is_collected_once(presets: Path) -> None:
+def test_run_resumes_and_is_collected_once(presets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paco = cell(presets, "paco_without_reset")
     main = arguments(presets, "--run", "paco_without_reset", "1")
 
@@ -63,6 +66,9 @@ def test_run_resumes_and_is_collected_once(presets: Path) -> None:
             return super()._on_step()
 
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    commits = iter(["first", "second"])
+    software = run.describe_software()
+    monkeypatch.setattr(run, "describe_software", lambda: {**software, "commit": next(commits)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "ResumeCheckpointCallback", StopAt)
         run.main(main)
@@ -97,6 +103,7 @@ def test_run_resumes_and_is_collected_once(presets: Path) -> None:
     assert len(read_results(results / "tiny_final.csv")) == 2
     (summary,) = read_results(results / "tiny_runs.csv")
     assert summary["steps"] == "240" and summary["dropped_updates"] == "0" and int(summary["seconds"]) >= 0
+    assert {name: summary[name] for name in run.SOFTWARE} == {**software, "commit": "first then second"}
 
     # A crash before the last of the three tables: the next one completes them
     tables = {path: path.read_text() for path in results.glob("*.csv")}
@@ -137,18 +144,154 @@ def test_a_crash_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 
     assert run.find_checkpoint(tmp_path) is None
     with pytest.raises(OSError, match="disk full"):
-        run.save_checkpoint(Crashing(), tmp_path, 1.0)
+        run.save_checkpoint(Crashing(), tmp_path, 1.0, [])
     assert run.find_checkpoint(tmp_path) is None
     for _ in range(2):
-        run.save_checkpoint(Model(), tmp_path, 1.0)
+        run.save_checkpoint(Model(), tmp_path, 1.0, [])
     with pytest.raises(OSError, match="disk full"):
-        run.save_checkpoint(Crashing(), tmp_path, 2.0)
-    assert json.loads((run.find_checkpoint(tmp_path) / "state.json").read_text()) == {"num_timesteps": 5, "seconds": 1.0}
+        run.save_checkpoint(Crashing(), tmp_path, 2.0, [])
+    state = json.loads((run.find_checkpoint(tmp_path) / "state.json").read_text())
+    assert state == {"num_timesteps": 5, "seconds": 1.0, "software": []}
     # Between the two moves
     (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
     assert run.find_checkpoint(tmp_path) == tmp_path / "checkpoint.old"
-    run.save_checkpoint(Model(), tmp_path, 3.0)
+    run.save_checkpoint(Model(), tmp_path, 3.0, [])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def finish(item: run.Cell, **more: Any) -> None:
+    """Leave behind what a finished training does."""
+    item.run_folder.mkdir(parents=True)
+    (item.run_folder / "progress.csv").write_text("time/total_timesteps,train/w_resets\n240,3\n")
+    np.savez(
+        item.run_folder / "evaluations.npz",
+        timesteps=[240], task_names=["point-0"], task_mean_rewards=[[1.0]], task_success_rates=[[0.5]], task_ids=[0, 0],
+        results=[[1.0, 1.0]],
+    )  # fmt: skip
+    final = {"tasks": {"point-0": {"success_rate": 0.5, "mean_reward": 1.0}}}
+    (item.run_folder / "finished.json").write_text(json.dumps({"steps": 240, "seconds": 7, "final": final, **more}))
+
+
+@pytest.mark.parametrize(
+    "sittings, expected",
+    [
+        (None, ("", "")),  # of before it was kept
+        ([], ("", "")),
+        ([("", "2.0")], ("", "2.0")),  # no repository
+        ([("a", "2.0"), ("a", "2.0")], ("a", "2.0")),
+        ([("", ""), ("a+changes", "2.1")], ("unknown then a+changes", "unknown then 2.1")),
+    ],
+)
+def test_software_in_the_table(
+    sittings: list[tuple[str, str]] | None, expected: tuple[str, str], presets: Path, tmp_path: Path
+) -> None:
+    item = cell(presets, "mtsac")
+    named = [{"commit": commit, "torch": torch, "metaworld": "", "sb3_mtrl": ""} for commit, torch in sittings or []]
+    finish(item, **({} if sittings is None else {"software": named}))
+    assert run.collect([item], tmp_path / "results") == 1
+    (row,) = read_results(tmp_path / "results" / "tiny_runs.csv")
+    assert (row["commit"], row["torch"]) == expected and row["w_resets"] == "3"
+
+
+def test_commit_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "sb3_mtrl" / "__init__.py"
+    package.parent.mkdir()
+    package.touch()
+    monkeypatch.setattr(run.sb3_mtrl, "__file__", str(package))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+    def git(*arguments: str) -> str:
+        options = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+        return subprocess.run(
+            ["git", *options, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    assert run.describe_software()["commit"] == ""
+    git("init")
+    (tmp_path / "README").touch()
+    git("add", "README")
+    git("commit", "-m", "something else")
+    assert run.describe_software()["commit"] == ""  # the repository of something else
+    git("add", ".")
+    git("commit", "-m", "the package")
+    commit = git("rev-parse", "HEAD")[:10]
+    assert run.describe_software()["commit"] == commit
+    (tmp_path / "table.csv").touch()  # a run writes such files, they are no code
+    assert run.describe_software()["commit"] == commit
+    package.write_text("changed")
+    assert run.describe_software()["commit"] == f"{commit}+changes"
+    monkeypatch.setenv("PATH", "")
+    assert run.describe_software()["commit"] == ""
+
+
+def test_runs_in_a_table_are_named_and_can_be_repeated(presets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finish(cell(presets, "mtsac"))
+    run.main(arguments(presets, "--collect", "--methods", "mtsac"))
+    assert "Not repeated" not in capsys.readouterr().err
+    emit = arguments(presets, "--emit", "--methods", "mtsac", "--folder", str(presets.parent / "other_logs"))
+    run.main(emit)
+    out, err = capsys.readouterr()
+    assert f"Runs that {presets.parent / 'results' / 'tiny_runs.csv'} holds already: 1. Not repeated" in err
+    assert [line.split()[-1] for line in out.splitlines()] == ["2"]
+    run.main([*emit, "--results", str(presets.parent / "other_results")])
+    out, err = capsys.readouterr()
+    assert "Not repeated" not in err
+    assert [line.split()[-1] for line in out.splitlines()] == ["1", "2"]
+
+
+def test_a_small_benchmark_names_what_it_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = []
+
+    def train(variant: str, seed: int, steps: int, n_eval_episodes_per_task: int) -> dict[str, Any]:
+        trained.append((variant, seed))
+        return {"variant": variant, "seed": seed, "steps": steps, "success": 0.5, "return": 1.0}
+
+    monkeypatch.setattr(gate_sharing, "train", train)
+    variant = next(iter(gate_sharing.VARIANTS))
+    path = tmp_path / "table.csv"
+    gate_sharing.main(["--variants", variant, "--seeds", "1", "--results", str(path)])
+    assert "Not repeated" not in capsys.readouterr().err
+    gate_sharing.main(["--variants", variant, "--seeds", "2", "--results", str(path)])
+    assert trained == [(variant, 0), (variant, 1)]
+    err = capsys.readouterr().err
+    assert f"Runs that {path} holds already: 1. Not repeated; from nothing: --results OTHER.csv" in err
+
+
+def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:
+    append_results(tmp_path / "table.csv", [{"method": "a", "seed": 1}])
+    with pytest.raises(ValueError, match="has the columns method, seed, the new rows have method, seed, commit"):
+        append_results(tmp_path / "table.csv", [{"method": "a", "seed": 2, "commit": "b"}])
+    assert len(read_results(tmp_path / "table.csv")) == 1
+
+
+@pytest.mark.parametrize("protocol", [None, "paper"])
+def test_random_policy(protocol: str | None, presets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.import_packages(PRESET["gym_packages"])
+    settings, num_tasks, n_episodes = PRESET, 2, PRESET["eval_episodes"]
+    if protocol is not None:
+        settings = {**PRESET, "env": "MetaWorld-Custom-v3", "env_kwargs": {"tasks": ["reach-v3"]}, "protocol": protocol}
+        num_tasks, n_episodes = 1, 3
+        monkeypatch.setitem(run.PROTOCOLS, protocol, Protocol(horizon=5, episodes_per_task=3, final_policy=True))
+    evaluations = []
+
+    def evaluate(*args: Any, **kwargs: Any) -> MultiTaskEvaluation:
+        evaluations.append(evaluate_multi_task_policy(*args, **kwargs))
+        return evaluations[-1]
+
+    monkeypatch.setattr(run, "evaluate_multi_task_policy", evaluate)
+    results = presets.parent / "results"
+    assert run.evaluate_random_policy("tiny", settings, results) == num_tasks
+    assert run.evaluate_random_policy("tiny", settings, results) == 0
+    (evaluation,) = evaluations
+    assert evaluation.episode_counts.tolist() == [n_episodes] * num_tasks
+    assert evaluation.to_dict()["mean_ep_length"] == (5 if protocol else PRESET["env_kwargs"]["horizon"])
+    rows = read_results(results / "tiny_final.csv")
+    assert [(row["method"], row["seed"], row["step"], row["task"]) for row in rows] == [
+        ("random", "0", "0", task) for task in evaluation.task_names
+    ]
+    np.testing.assert_allclose([float(row["return"]) for row in rows], evaluation.mean_rewards, atol=1e-3)
 
 
 def test_emitted_commands(presets: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ Four easy tasks, the hyperparameters that ``hyperparams/*.yml`` has for them, an
 evaluations with and without. On a CPU that does not multiply faster in bfloat16 than in float32, the arm "bfloat16 emulated"
 runs the same code, but for its products, which are float32's, rounded (``bf16_products.py``). That shows what rounding does
 to learning, and nothing of what bfloat16 does to speed. A finished run is a few lines of ``bf16.csv`` and is not repeated;
-``bf16.png`` shows them all.
+``bf16.png`` shows them all. ``--results my_bf16.csv`` starts from nothing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch as th
 import yaml
 
 from benchmarks.learning.bf16_products import emulated_bf16_products
-from benchmarks.learning.results import append_results
+from benchmarks.learning.results import append_results, tell_of_skipped
 from sb3_mtrl import MTSAC, PaCoSAC, make_multi_task_vec_env
 from sb3_mtrl.common.callbacks import MultiTaskEvalCallback
 from sb3_mtrl.common.cpu_tuning import bfloat16_probe
@@ -196,16 +196,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     th.set_num_threads(1)  # the networks are small
     arms = () if args.plot_only else arms_here()
-    for seed in range(args.seeds):
-        for algorithm in args.algorithms:
-            for arm in arms:
-                done = {(run.method, run.seed) for run in read_histories(args.results)}
-                if (f"{algorithm}, {arm}", seed) in done:
-                    continue
-                start = time.process_time()
-                history = train(algorithm, arm, seed, args.steps, args.eval_episodes)
-                append_results(args.results, history.rows())
-                print(f"{history.method}, seed {seed}: {time.process_time() - start:.0f} s of CPU time", flush=True)
+    runs = [(algorithm, arm, seed) for seed in range(args.seeds) for algorithm in args.algorithms for arm in arms]
+    done = {(run.method, run.seed) for run in read_histories(args.results)}
+    missing = [(algorithm, arm, seed) for algorithm, arm, seed in runs if (f"{algorithm}, {arm}", seed) not in done]
+    tell_of_skipped(len(runs) - len(missing), args.results, "--results OTHER.csv")
+    for algorithm, arm, seed in missing:
+        start = time.process_time()
+        history = train(algorithm, arm, seed, args.steps, args.eval_episodes)
+        append_results(args.results, history.rows())
+        print(f"{history.method}, seed {seed}: {time.process_time() - start:.0f} s of CPU time", flush=True)
     histories = read_histories(args.results)
     print_table(histories)
     plot(histories, args.results.with_suffix(".png"))

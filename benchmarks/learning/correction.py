@@ -11,7 +11,7 @@ per step:
     cost    the progress minus 5 |a|^2: a step at full speed costs what the progress that it makes pays in 50 steps
 
 The sparse reward is 10 for each step at the goal. A finished run is one line of ``correction.csv`` and is not repeated;
-``correction.png`` shows them all.
+``correction.png`` shows them all. ``--results my_correction.csv`` starts from nothing.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from benchmarks.learning.results import append_result, read_results
+from benchmarks.learning.results import append_result, read_results, tell_of_skipped
 from sb3_mtrl import MTSAC, TSACSAC
 from sb3_mtrl.common.evaluation import evaluate_multi_task_policy
 from sb3_mtrl.common.vec_env import VecTaskAssignment
@@ -212,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = {(row["method"], row["seed"], row["rounds"]) for row in read_results(args.results)}
     runs = [(method, seed, args.rounds) for seed in range(args.seeds) for method in METHODS]
     missing = [run for run in runs if tuple(map(str, run)) not in done]
+    tell_of_skipped(len(runs) - len(missing), args.results, "--results OTHER.csv")
     # Not forked: torch's threads do not survive it
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(train, *run) for run in missing]):

@@ -4,7 +4,8 @@ Which attention should CMTASAC's actor use? The modes of ``gate_sharing``, and n
     python -m benchmarks.learning.gate_sharing --steps 40000 --seeds 3
 
 Four easy tasks, small networks, the hyperparameters that ``hyperparams/cmtasac.yml`` has for them. Each finished
-run is one line of ``gate_sharing.csv``; a run that is there is not repeated.
+run is one line of ``gate_sharing.csv``; a run that is there is not repeated. ``--results my_gate_sharing.csv`` starts from
+nothing.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import numpy as np
 import torch as th
 
 from benchmarks.learning.memory import VARIANTS
-from benchmarks.learning.results import append_result, read_results
+from benchmarks.learning.results import append_result, read_results, tell_of_skipped
 from sb3_mtrl import CMTASAC, make_multi_task_vec_env
 from sb3_mtrl.common.evaluation import evaluate_multi_task_policy
 
@@ -73,11 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS.name} beside this file")
     args = parser.parse_args(arguments)
     th.set_num_threads(1)  # the networks are small
-    for seed in range(args.seeds):
-        for variant in args.variants:
-            done = {(row["variant"], row["seed"], row["steps"]) for row in read_results(args.results)}
-            if (variant, str(seed), str(args.steps)) not in done:
-                append_result(args.results, train(variant, seed, args.steps, args.eval_episodes))
+    runs = [(variant, seed) for seed in range(args.seeds) for variant in args.variants]
+    done = {(row["variant"], row["seed"], row["steps"]) for row in read_results(args.results)}
+    missing = [(variant, seed) for variant, seed in runs if (variant, str(seed), str(args.steps)) not in done]
+    tell_of_skipped(len(runs) - len(missing), args.results, "--results OTHER.csv")
+    for variant, seed in missing:
+        append_result(args.results, train(variant, seed, args.steps, args.eval_episodes))
     rows = [row for row in read_results(args.results) if row["steps"] == str(args.steps)]
     print(f"{ENV_ID}, {args.steps} steps: mean success of the tasks, median [lowest, highest] over seeds; mean return")
     for variant in args.variants:

@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,15 +33,35 @@ def append_results(path: Path, rows: list[dict[str, Any]]) -> None:
     """
     :param path: The results file, made if it is not there
     :param rows: Rows for its end, at least one, with the same columns
+    :raises ValueError: if the file has other columns
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     if not path.exists() or path.stat().st_size == 0:
         writer.writeheader()
+    elif (columns := _columns(path)) != list(rows[0]):
+        raise ValueError(f"{path} has the columns {', '.join(columns)}, the new rows have {', '.join(rows[0])}")
     writer.writerows(rows)
     with path.open("ab", buffering=0) as file:
         file.write(text.getvalue().encode())  # in one piece: a crash must not leave half of them
+
+
+def _columns(path: Path) -> list[str]:
+    with path.open(newline="") as file:
+        return next(csv.reader(file))
+
+
+def tell_of_skipped(n_runs: int, path: Path, how_to_repeat: str) -> None:
+    """
+    Say on the standard error that runs are not repeated, and why.
+
+    :param n_runs: Number of runs that the results file holds; nothing is said of none
+    :param path: The results file
+    :param how_to_repeat: Options that train them from nothing
+    """
+    if n_runs:
+        print(f"Runs that {path} holds already: {n_runs}. Not repeated; from nothing: {how_to_repeat}", file=sys.stderr)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """
 Train a grid of methods and seeds, as far as it is not done yet; see ``presets.yml`` for the grids.
 
-    python -m benchmarks.learning.run --preset cpu_suite --jobs 2       # start, or go on
+    python -m benchmarks.learning.run --preset cpu_suite --jobs 2       # start, or go on: what no table holds yet
+    python -m benchmarks.learning.run --preset cpu_suite --results my_results --folder my_logs      # all of it, from nothing
     python -m benchmarks.learning.run --preset mt10 --emit              # a command for each run, for any scheduler
     python -m benchmarks.learning.run --preset mt10 --collect           # results of runs that finished elsewhere
     python -m benchmarks.learning.run --preset cpu_suite --random       # what a random policy reaches on the same goals
@@ -16,7 +17,9 @@ have been without the stop.
 
 When a run is finished, its policy is evaluated on all goals, and three tables get its rows: ``<preset>.csv`` (the curves:
 method, env, seed, step, task, success, return), ``<preset>_final.csv`` (the same columns, all goals) and
-``<preset>_runs.csv`` (seconds, and how many updates were dropped and vectors reset). What is in them is not trained again.
+``<preset>_runs.csv`` (seconds, how many updates were dropped and vectors reset, the commit of the code and versions of
+packages). What is in the last of them is not trained again, also if the table came with the repository and the training was on
+another machine: ``--results`` with a folder of your own repeats it.
 ``python -m benchmarks.report`` brings them into README.md.
 """
 
@@ -31,6 +34,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +46,8 @@ from rl_zoo3.utils import EnvironmentName
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from benchmarks.learning.results import append_results, locked, read_results
+import sb3_mtrl
+from benchmarks.learning.results import append_results, locked, read_results, tell_of_skipped
 from sb3_mtrl.common.callbacks import DEFAULT_EVAL_SEED
 from sb3_mtrl.common.evaluation import RandomPolicy, evaluate_multi_task_policy
 from sb3_mtrl.common.results import RunHistory, read_evaluations, read_progress
@@ -55,6 +60,8 @@ from sb3_mtrl.zoo.utils import hyperparams_path
 
 HERE = Path(__file__).parent
 COUNTS = ("train/dropped_updates", "train/w_resets")
+# What a run was made with, see ``describe_software``
+SOFTWARE = ("commit", "torch", "metaworld", "sb3_mtrl")
 # Name of the random policy in the tables
 RANDOM = "random"
 
@@ -124,13 +131,15 @@ class ResumeCheckpointCallback(BaseCallback):
     :param folder: Folder of the run
     :param freq: Environment steps between checkpoints
     :param seconds_before: Seconds that earlier sittings took
+    :param software: What each sitting was made with, this one last
     """
 
-    def __init__(self, folder: Path, freq: int, seconds_before: float):
+    def __init__(self, folder: Path, freq: int, seconds_before: float, software: list[dict[str, str]]):
         super().__init__()
         self.folder = folder
         self.freq = freq
         self.seconds_before = seconds_before
+        self.software = software
         self.stop_requested = False
         self.was_stopped = False
 
@@ -153,26 +162,28 @@ class ResumeCheckpointCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         if self.stop_requested or self.num_timesteps >= self.next_step:
-            save_checkpoint(self.model, self.folder, self.seconds)
+            save_checkpoint(self.model, self.folder, self.seconds, self.software)
             self.next_step = self.num_timesteps + self.freq
         self.was_stopped = self.stop_requested
         return not self.was_stopped
 
 
-def save_checkpoint(model: BaseAlgorithm, folder: Path, seconds: float) -> None:
+def save_checkpoint(model: BaseAlgorithm, folder: Path, seconds: float, software: list[dict[str, str]]) -> None:
     """
     Replace the checkpoint. A crash while it is written leaves the old one.
 
     :param model: The model
     :param folder: Folder of the run
     :param seconds: Seconds that the training took so far
+    :param software: What each sitting was made with
     """
     new, current, old = (folder / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     model.save(new / "model.zip")
     model.save_replay_buffer(new / "replay_buffer.pkl")  # type: ignore[attr-defined]
-    (new / "state.json").write_text(json.dumps({"num_timesteps": model.num_timesteps, "seconds": seconds}))
+    state = {"num_timesteps": model.num_timesteps, "seconds": seconds, "software": software}
+    (new / "state.json").write_text(json.dumps(state))
     if current.exists():
         current.rename(old)
     new.rename(current)
@@ -185,6 +196,26 @@ def find_checkpoint(folder: Path) -> Path | None:
     :return: Folder of its checkpoint, the old one if a crash came between the two moves; None if there is none
     """
     return next((path for path in (folder / "checkpoint", folder / "checkpoint.old") if path.is_dir()), None)
+
+
+def describe_software() -> dict[str, str]:
+    """
+    :return: Versions, and the commit of the code (with "+changes" if a file of code or settings differs from it); empty where
+        the code is not in a repository of its own, or git is not there
+    """
+    root = Path(sb3_mtrl.__file__).parents[1]
+    versions = {"torch": th.__version__, "metaworld": version("metaworld"), "sb3_mtrl": sb3_mtrl.__version__}
+    try:
+        _git(root, "ls-files", "--error-unmatch", "sb3_mtrl/__init__.py")  # not a copy within the repository of something else
+        commit = _git(root, "rev-parse", "--short=10", "HEAD")
+        is_changed = _git(root, "status", "--porcelain", "--", "*.py", "*.yml")
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "", **versions}
+    return {"commit": f"{commit}+changes" if is_changed else commit, **versions}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def load_presets(path: Path) -> dict[str, dict[str, Any]]:
@@ -207,7 +238,11 @@ def train(cell: Cell, device: str = "auto") -> bool:
     from rl_zoo3.exp_manager import ExperimentManager
 
     settings, checkpoint = cell.settings, find_checkpoint(cell.run_folder)
-    state = {"num_timesteps": 0, "seconds": 0.0} if checkpoint is None else json.loads((checkpoint / "state.json").read_text())
+    state: dict[str, Any] = {"num_timesteps": 0, "seconds": 0.0, "software": []}
+    if checkpoint is not None:
+        # A checkpoint of before "software" was written does not know its own
+        state = {"software": [dict.fromkeys(SOFTWARE, "")], **json.loads((checkpoint / "state.json").read_text())}
+    software = [*state["software"], describe_software()]
     env_kwargs = settings.get("env_kwargs", {})
     probe = gym.spec(cell.env).make(**env_kwargs)
     num_tasks = int(getattr(probe.unwrapped, "num_tasks", 1))
@@ -236,7 +271,7 @@ def train(cell: Cell, device: str = "auto") -> bool:
     model, _ = manager.setup_experiment()
     if manager.normalize:
         raise ValueError(f"{cell.method}: normalize is not supported here, checkpoints do not hold its statistics")
-    checkpoints = ResumeCheckpointCallback(cell.run_folder, settings["checkpoint_freq"], state["seconds"])
+    checkpoints = ResumeCheckpointCallback(cell.run_folder, settings["checkpoint_freq"], state["seconds"], software)
     for callback in manager.callbacks:
         # Evaluations are at the same steps in all runs
         callback.n_calls = state["num_timesteps"] // manager.n_envs
@@ -252,11 +287,16 @@ def train(cell: Cell, device: str = "auto") -> bool:
     manager.eval_callback.eval_env.close()
     if checkpoints.was_stopped:
         return False
-    save_checkpoint(model, cell.run_folder, checkpoints.seconds)  # the evaluation may be stopped
+    save_checkpoint(model, cell.run_folder, checkpoints.seconds, software)  # the evaluation may be stopped
     model.save(cell.run_folder / f"{EnvironmentName(cell.env)}.zip")
     run = find_run(cell.log_folder, cell.algo, cell.env, cell.seed)
     result = evaluate_run(run, protocol=settings.get("protocol"), device=device)
-    finished = {"steps": model.num_timesteps, "seconds": round(checkpoints.seconds), "final": result.to_dict()}
+    finished = {
+        "steps": model.num_timesteps,
+        "seconds": round(checkpoints.seconds),
+        "software": software,
+        "final": result.to_dict(),
+    }
     (cell.run_folder / "finished.json").write_text(json.dumps(finished, indent=2) + "\n")
     shutil.rmtree(cell.run_folder / "checkpoint", ignore_errors=True)
     return True
@@ -283,7 +323,7 @@ def collect(cells: Sequence[Cell], results: Path) -> int:
         _, columns = read_progress(cell.run_folder, COUNTS)
         # Rows of evaluations hold none
         counts = {name.rpartition("/")[2]: int(np.nanmax(columns[name])) if name in columns else "" for name in COUNTS}
-        summary = {**key, "steps": steps, "seconds": finished["seconds"], **counts}
+        summary = {**key, "steps": steps, "seconds": finished["seconds"], **counts, **_join_software(finished)}
         runs_path = results / f"{cell.preset}_runs.csv"
         # The last of the three says that the run is in the tables: a crash may have left the others with it
         tables = {f"{cell.preset}.csv": cell.history().rows(), f"{cell.preset}_final.csv": final, runs_path.name: [summary]}
@@ -295,10 +335,16 @@ def collect(cells: Sequence[Cell], results: Path) -> int:
     return n_added
 
 
+def _join_software(finished: dict[str, Any]) -> dict[str, str]:
+    """What a run was made with: several values if it went on with other software, empty where nothing is known."""
+    values = {name: dict.fromkeys(sitting[name] for sitting in finished.get("software", [])) for name in SOFTWARE}
+    return {name: " then ".join(value or "unknown" for value in known) if any(known) else "" for name, known in values.items()}
+
+
 def evaluate_random_policy(preset: str, settings: dict[str, Any], results: Path) -> int:
     """
     Append what a random policy reaches on the goals of the last evaluations to ``<preset>_final.csv``, as the method
-    "random" with no steps, if it is not there.
+    "random" with no steps, if it is not there. Without a protocol the episodes are those of the evaluations in training.
 
     :param preset: Name of the preset
     :param settings: Its entry
@@ -309,12 +355,17 @@ def evaluate_random_policy(preset: str, settings: dict[str, Any], results: Path)
     key = {"method": RANDOM, "env": settings["env"], "seed": 0}
     if holds_run(path, **key):
         return 0
-    protocol = PROTOCOLS[settings["protocol"]]
-    env_kwargs = {**settings.get("env_kwargs", {}), "goals": "cycle", "success": "any", "horizon": protocol.horizon}
-    num_tasks = gym.spec(settings["env"]).make(**env_kwargs).unwrapped.num_tasks  # type: ignore[attr-defined]
-    env = make_multi_task_vec_env(settings["env"], num_tasks, seed=DEFAULT_EVAL_SEED, env_kwargs=env_kwargs)
+    env_kwargs = {**settings.get("env_kwargs", {}), **(settings.get("eval_env_kwargs") or {})}
+    n_episodes = settings["eval_episodes"]
+    if "protocol" in settings:
+        protocol = PROTOCOLS[settings["protocol"]]
+        env_kwargs.update(goals="cycle", success="any", horizon=protocol.horizon)
+        n_episodes = protocol.episodes_per_task
+    make_env = gym.spec(settings["env"]).make  # given an id, SB3 would ask for rendering, which not every environment knows
+    num_tasks = make_env(**env_kwargs).unwrapped.num_tasks  # type: ignore[attr-defined]
+    env = make_multi_task_vec_env(make_env, num_tasks, seed=DEFAULT_EVAL_SEED, env_kwargs=env_kwargs)
     policy = RandomPolicy(env.observation_space, env.action_space)
-    evaluation = evaluate_multi_task_policy(policy, env, protocol.episodes_per_task, seed=DEFAULT_EVAL_SEED)
+    evaluation = evaluate_multi_task_policy(policy, env, n_episodes, seed=DEFAULT_EVAL_SEED)
     env.close()
     rows = [
         {**key, "step": 0, "task": task, "success": row["success_rate"], "return": round(row["mean_reward"], 3)}
@@ -483,6 +534,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{n_rows} rows of the random policy added to the tables", file=sys.stderr)
         return
     n_added = collect(cells, args.results)
+    if not args.collect:
+        n_collected = sum(is_collected(cell, args.results) for cell in cells)
+        table = args.results / f"{args.preset}_runs.csv"
+        tell_of_skipped(n_collected, table, "--results OTHER_FOLDER --folder OTHER_LOGS")
     todo = [cell for cell in cells if not cell.is_finished and not is_collected(cell, args.results)]
     counts = f"{len(cells) - len(todo)} finished ({n_added} added to the tables), {len(todo)} to do"
     print(f"{len(cells)} runs: {counts}", file=sys.stderr)
