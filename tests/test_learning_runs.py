@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from benchmarks.learning import gate_sharing, run
 from benchmarks.learning.results import append_results, locked, read_results
 from sb3_mtrl import PaCoSAC
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, evaluate_multi_task_policy
+from sb3_mtrl.common.utils import constructor_arguments
 from sb3_mtrl.evaluate import Protocol
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.utils import hyperparams_path
@@ -343,11 +345,26 @@ def test_refusals(more: list[str], message: str, presets: Path, capsys: pytest.C
 
 def test_presets_name_what_exists() -> None:
     presets = run.load_presets(run.HERE / "presets.yml")
-    assert set(presets) == {"cpu_suite", "stability", "mt10", "mt50"}
+    assert set(presets) == {"cpu_suite", "clipping", "stability", "mt10", "mt50", "mt10_paper", "mt50_paper"}
     for name, settings in presets.items():
-        for method in settings["methods"]:
+        for method, details in settings["methods"].items():
             item = run.Cell(name, method, 1, settings, Path("logs"))
-            if item.algo in ALGORITHMS:  # the grids name algorithms that are still to come
-                assert settings.get("base", item.env) in yaml.safe_load(hyperparams_path(item.algo).read_text())
-                assert "n_timesteps" not in item.hyperparams
-        assert settings["eval_env_kwargs"] == {"goals": "cycle"} and settings["protocol"] == "standard"
+            assert settings.get("base", item.env) in yaml.safe_load(hyperparams_path(item.algo).read_text())
+            assert "n_timesteps" not in item.hyperparams
+            own = set(details.get("hyperparams", {}))
+            assert own <= constructor_arguments(ALGORITHMS[item.algo].algorithm_class)
+        assert settings["eval_env_kwargs"] == {"goals": "cycle"}
+        # One table must not mix the protocols: the id says how long the episodes of the training are
+        env = gym.spec(settings["env"]).make(**settings.get("env_kwargs", {}))
+        assert env.unwrapped.horizon == run.PROTOCOLS[settings["protocol"]].horizon
+
+
+def test_clipping_differs_from_the_suite_in_clipping_alone() -> None:
+    presets = run.load_presets(run.HERE / "presets.yml")
+    suite, ablation = presets["cpu_suite"], presets["clipping"]
+    assert {**ablation, "methods": {}} == {**suite, "methods": {}}
+    for method in ablation["methods"]:
+        changed = run.Cell("clipping", method, 1, ablation, Path("logs"))
+        original = run.Cell("cpu_suite", changed.algo, 1, suite, Path("logs"))
+        assert (changed.hyperparams.get("max_grad_norm") is None) == (original.hyperparams.get("max_grad_norm") is not None)
+        assert {**changed.hyperparams, "max_grad_norm": 0} == {**original.hyperparams, "max_grad_norm": 0}
