@@ -461,6 +461,17 @@ def test_resets_and_vectors_are_logged():
     assert recorded["train/w_norm/point-0"] == pytest.approx(norm)
 
 
+def test_a_vector_is_drawn_anew_until_its_loss_is_below_the_threshold():
+    model = make_model(PaCoSAC, collect=60)
+    with th.no_grad():
+        model.policy.compositional_vectors[1] *= 1000  # the fault is the vector's: with another one the task learns on
+    model.train(3)
+    assert model.dropped_updates.tolist() == model.w_reset_callback.resets.tolist() == [0, 1, 0]
+    explode(model, 1)  # the fault is the rewards': no vector helps, and each update draws one
+    model.train(3)
+    assert model.dropped_updates.tolist() == model.w_reset_callback.resets.tolist() == [0, 4, 0]
+
+
 def test_nothing_is_reset_when_every_task_explodes():
     model = make_model(PaCoSAC, collect=60)
     for task in range(3):
