@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch as th
@@ -13,6 +14,7 @@ from sb3_mtrl.common import cpu_tuning
 from sb3_mtrl.common.cpu_tuning import (
     MatmulProbe,
     fast_matmul,
+    keep_freed_memory,
     learner_threads,
     onednn_probe,
     probe_matmul,
@@ -209,7 +211,13 @@ import resource, sys
 import numpy as np
 from sb3_mtrl.common.cpu_tuning import keep_freed_memory
 
-if sys.argv[1] == "keep":
+if sys.argv[1] == "keep before 2.35":
+    import ctypes
+    from types import SimpleNamespace
+    mallopt = ctypes.CDLL(None).mallopt
+    refusing = lambda option, value: 0 if option == -3 and value > 1 << 25 else mallopt(option, value)
+    ctypes.CDLL = lambda name: SimpleNamespace(mallopt=refusing)
+if sys.argv[1].startswith("keep"):
     assert keep_freed_memory()
     assert keep_freed_memory()
 for repeat in range(12):
@@ -233,8 +241,34 @@ def test_freed_memory_is_kept():
     # 10 repeats of 32 MiB are 81,920 pages of 4 KiB (160 of 2 MiB), faulted in again if the memory was given back; with a
     # fixed threshold, because glibc's own adapts to the first blocks freed
     kept = int(run_python(PAGE_FAULTS, "keep"))
+    kept_by_old_glibc = int(run_python(PAGE_FAULTS, "keep before 2.35"))
     given_back = int(run_python(PAGE_FAULTS, "plain", MALLOC_MMAP_THRESHOLD_="131072"))
-    assert kept < 100 < given_back
+    assert max(kept, kept_by_old_glibc) < 100 < given_back
+
+
+@pytest.mark.parametrize(
+    ["largest_threshold", "expected"],
+    [
+        (1 << 30, [(-3, 1 << 28), (-1, (1 << 31) - 1), (-2, 1 << 26)]),
+        # HEAP_MAX_SIZE / 2 in glibc's malloc.c before 2.35
+        (1 << 25, [(-3, 1 << 28), (-3, 1 << 25), (-1, (1 << 31) - 1), (-2, 1 << 26)]),
+        # The others alone would end glibc's own adaptation of the threshold
+        (0, [(-3, 1 << 28), (-3, 1 << 25)]),
+    ],
+)
+def test_a_threshold_that_glibc_takes(monkeypatch, largest_threshold, expected):
+    calls = []
+
+    def mallopt(option: int, value: int) -> int:
+        calls.append((option, value))
+        return int(option != -3 or value <= largest_threshold)
+
+    monkeypatch.setattr(cpu_tuning.platform, "libc_ver", lambda: ("glibc", "2.31"))
+    for name in ("GLIBC_TUNABLES", *(name for *_, name in cpu_tuning._MALLOC_OPTIONS)):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cpu_tuning.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    assert keep_freed_memory.__wrapped__() is (largest_threshold > 0)
+    assert calls == expected
 
 
 @pytest.mark.parametrize(

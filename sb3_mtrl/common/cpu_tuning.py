@@ -20,13 +20,14 @@ MAX_MATMUL_ERROR = 2e-6
 # Known gains are 2 or about 1, so that equal runs decide equally on one CPU, however busy it is
 MIN_MATMUL_SPEEDUP = 1.5
 
-# Of glibc's malloc.h: parameter of mallopt, value, and the environment variable that sets it before a program starts
+# Of glibc's malloc.h: parameter of mallopt, values of which the first that is taken counts, and the environment variable that
+# sets it before a program starts
 _MALLOC_OPTIONS = (
     # Freed activations and gradients are reused instead of being given back and faulted in again, page by page. Replay buffers
-    # are larger as a rule, and still go back.
-    (-3, 1 << 28, "MALLOC_MMAP_THRESHOLD_"),
-    (-1, (1 << 31) - 1, "MALLOC_TRIM_THRESHOLD_"),
-    (-2, 1 << 26, "MALLOC_TOP_PAD_"),
+    # are larger as a rule, and still go back. Before version 2.35 glibc refuses more than 32 MiB.
+    (-3, (1 << 28, 1 << 25), "MALLOC_MMAP_THRESHOLD_"),
+    (-1, ((1 << 31) - 1,), "MALLOC_TRIM_THRESHOLD_"),
+    (-2, (1 << 26,), "MALLOC_TOP_PAD_"),
 )
 
 # What `use_onednn` was told; None: the probe decides
@@ -172,15 +173,15 @@ def keep_freed_memory() -> bool:
     """
     Let glibc keep freed memory for the next update; for the rest of the process, it cannot be undone.
 
-    :return: Whether it was set: not without glibc, and not where the user set one of the options by ``MALLOC_*_`` or
-        ``GLIBC_TUNABLES``
+    :return: Whether it was set: not without glibc, not where the user set one of the options by ``MALLOC_*_`` or
+        ``GLIBC_TUNABLES``, and not where glibc refuses the first of them, without which the others would do harm
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name in os.environ for _, _, name in _MALLOC_OPTIONS):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(option, value) == 1 for option, value, _ in _MALLOC_OPTIONS])
+    return all(any(mallopt(option, value) == 1 for value in values) for option, values, _ in _MALLOC_OPTIONS)
 
 
 def available_cores() -> int:
