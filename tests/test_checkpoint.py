@@ -969,7 +969,7 @@ def test_monitor_files_go_on_without_the_rows_that_come_again(tmp_path):
     assert [row.split(",")[0] for row in whole[4:6]] == [row.split(",")[0] for row in crashed[4:6]]
 
 
-def test_products_are_computed_as_before_the_stop(tmp_path, monkeypatch):
+def test_products_are_computed_as_before_the_stop(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cpu_tuning, "_choice", None)
     own_choice = cpu_tuning.uses_onednn()
     learn(tmp_path, 30)
@@ -977,8 +977,11 @@ def test_products_are_computed_as_before_the_stop(tmp_path, monkeypatch):
     other = cpu_tuning.MatmulProbe(speedup=9.0 if not own_choice else 0.1, error=0.0)
     monkeypatch.setattr(cpu_tuning, "onednn_probe", lambda: other)
     assert cpu_tuning.uses_onednn() is not own_choice
-    learn(tmp_path, 60)
+    learn(tmp_path, 60, verbose=1)
     assert cpu_tuning.uses_onednn() is own_choice
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("CPU tuning"))
+    by_onednn = "products by oneDNN" if own_choice else "products as they are, not by oneDNN"
+    assert f"{by_onednn}, as the checkpoint says ({other.speedup:.2f} times as fast" in line
     # It is not only said so
     entered = []
     monkeypatch.setattr(cpu_tuning, "_onednn_matmul", lambda: contextlib.nullcontext(entered.append(True)))

@@ -310,15 +310,17 @@ def test_learning_says_what_is_set_in_one_line(capsys):
 
 
 @pytest.mark.parametrize(
-    ["probe", "keeps_memory", "parts"],
+    ["probe", "by_onednn", "is_as_before", "keeps_memory", "parts"],
     [
-        (GOOD_PROBE, True, ["by oneDNN (2.00 times as fast, relative error 3e-07)", "glibc keeps"]),
-        (MatmulProbe(2.0, 2e-3), False, ["not by oneDNN (2.00 times as fast, relative error 2e-03)", "malloc as it is"]),
-        (None, False, ["float32 products as they are;"]),
+        (GOOD_PROBE, True, False, True, ["by oneDNN (2.00 times as fast, relative error 3e-07)", "glibc keeps"]),
+        (MatmulProbe(2.0, 2e-3), False, False, False, ["not by oneDNN (2.00 times as fast, relative", "malloc as it is"]),
+        (MatmulProbe(1.0, 3e-7), True, True, True, ["products by oneDNN, as the checkpoint says (1.00 times"]),
+        (GOOD_PROBE, False, True, True, ["as they are, not by oneDNN, as the checkpoint says (2.00 times"]),
+        (None, False, False, False, ["float32 products as they are;"]),
     ],
 )
-def test_line(probe, keeps_memory, parts):
-    line = tuning_line(probe, keeps_memory)
+def test_line(probe, by_onednn, is_as_before, keeps_memory, parts):
+    line = tuning_line(probe, by_onednn, is_as_before, keeps_memory)
     assert all(part in line for part in parts) and "\n" not in line
     assert f"{th.get_num_threads()} thread" in line
 

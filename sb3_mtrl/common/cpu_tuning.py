@@ -226,20 +226,25 @@ def tune_process(verbose: int = 0) -> None:
     """
     keeps_memory = keep_freed_memory()
     if verbose >= 1:
-        print(tuning_line(onednn_probe(), keeps_memory))
+        by_onednn = uses_onednn() and _matmul_backend() is not None
+        print(tuning_line(onednn_probe(), by_onednn, _choice is not None, keeps_memory))
 
 
-def tuning_line(probe: MatmulProbe | None, keeps_memory: bool) -> str:
+def tuning_line(probe: MatmulProbe | None, by_onednn: bool, is_as_before: bool, keeps_memory: bool) -> str:
     """
     :param probe: What ``onednn_probe`` returned
+    :param by_onednn: Whether float32 products are sent to oneDNN
+    :param is_as_before: Whether a checkpoint decided so, and not the probe
     :param keeps_memory: What ``keep_freed_memory`` returned
     :return: One line on what is set
     """
-    if probe is None:
-        matmul = "float32 products as they are"
-    else:
-        measured = f"{probe.speedup:.2f} times as fast, relative error {probe.error:.0e}"
-        matmul = f"float32 products {'by oneDNN' if probe.is_worth_it else 'as they are, not by oneDNN'} ({measured})"
+    matmul = "float32 products by oneDNN" if by_onednn else "float32 products as they are"
+    if probe is not None:
+        if not by_onednn:
+            matmul += ", not by oneDNN"
+        if is_as_before:
+            matmul += ", as the checkpoint says"
+        matmul += f" ({probe.speedup:.2f} times as fast, relative error {probe.error:.0e})"
     memory = "glibc keeps freed memory" if keeps_memory else "malloc as it is"
     threads = th.get_num_threads()
     return f"CPU tuning: {matmul}; {memory}; {threads} thread{'s' if threads > 1 else ''}"

@@ -537,6 +537,8 @@ class MTSAC(SAC):
         # All is set up for a new training: what a checkpoint holds takes its place
         for checkpoints in find_checkpoint_callbacks(callback):
             checkpoints.start_training(callback)
+        if self._tunes_cpu:  # after a checkpoint said how the products are computed
+            tune_process(self.verbose)
         return total_timesteps, callback
 
     def _start_episodes(self) -> None:
@@ -1351,8 +1353,6 @@ class MTSAC(SAC):
         check_integer("log_interval", log_interval, 1, or_none=True)  # SB3 divides by it when the first episode ends
         if self.overlap and self.env is not None:
             self._stepping_env, self._waiting_updates = UpdateWhileStepping(self.env, self._run_waiting_updates), []
-        if self._tunes_cpu:
-            tune_process(self.verbose)
         try:
             return super().learn(
                 total_timesteps=total_timesteps,
