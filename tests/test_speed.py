@@ -253,6 +253,21 @@ def test_a_library_that_cannot_be_installed_is_skipped_with_the_reason(monkeypat
     assert f"skipped: {reason}" in capsys.readouterr().out
 
 
+def test_resets_to_new_goals_are_simulated(monkeypatch):
+    from sb3_mtrl.envs.fast_metaworld import FastSawyerMixin
+
+    simulated = []
+    reset_from_scratch = FastSawyerMixin._reset_from_scratch
+    monkeypatch.setattr(
+        FastSawyerMixin, "_reset_from_scratch", lambda self: simulated.append(self) or reset_from_scratch(self)
+    )
+    monkeypatch.setattr(simulator, "TASKS", ("reach-v3",))
+    table = simulator.measure_resets(3, "not wanted")
+    assert [name for name, row in table.items() if "skipped" not in row] == ["fast=False", "fast=True", "fast=True, new goal"]
+    # Once to the goal that is visited again and again; else in make_envs, in the untimed call and in three rounds
+    assert sorted(simulated.count(env) for env in set(simulated)) == [1, 5]
+
+
 @pytest.mark.skipif(th.cuda.is_available(), reason="is about machines without a GPU")
 def test_gpu_measurements_need_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu"])
