@@ -62,8 +62,10 @@ def make_multi_task_vec_env(
         ``info_keywords`` is given
     :param wrapper_kwargs: Arguments of ``wrapper_class``
     :param vec_env: ``"dummy"`` (default): all sub-environments in this process. ``"subproc"``: one process each.
-        ``"shared"``: a few processes with several each, the fastest for Meta-World (:class:`SharedMemoryVecEnv`). See also
-        :func:`preload_worker_imports`, which is called here
+        ``"shared"``: a few processes with several each, which work at the same time (:class:`SharedMemoryVecEnv`): for more
+        processor time in all than ``"dummy"`` takes, and less than ``"subproc"``. What that gains depends on the cores that
+        are free, on two it may be nothing: see ``docs/speed.md``. See also :func:`preload_worker_imports`, which is called
+        here
     :param n_workers: Number of processes of ``"shared"``; None for the number of cores
     :param worker_timeout: Seconds that a process of ``"shared"`` has for a reply; None for its default, 600
     :param restart_workers: Whether ``"shared"`` replaces a process that ended, does not reply or raised an exception, and goes
