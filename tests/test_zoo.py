@@ -274,6 +274,59 @@ def test_manager_of_other_algorithms_is_the_original(tmp_path: Path, monkeypatch
     assert pickle.loads(pickle.dumps(manager_of("sac", "Pendulum-v1"))).config == manager.config
 
 
+@pytest.mark.parametrize(
+    ("given", "n_timesteps", "episodes", "freq"),
+    [
+        # Five of each of the three tasks; RL Zoo's frequency, or a hundredth of the run where that is longer
+        ([], 100_000, 15, 25_000),
+        ([], 5_000_000, 15, 50_000),
+        (["--eval-episodes", "5"], 5_000_000, 5, 50_000),
+        (["--eval-ep=7", "--eval-freq", "-1"], 5_000_000, 7, -1),
+        (["--eval-freq", "300", "--eval-env-kwargs", "horizon:5"], 5_000_000, 15, 300),
+    ],
+)
+def test_evaluations_of_several_tasks(
+    given: list[str], n_timesteps: int, episodes: int, freq: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importlib.import_module("tests.tiny_zoo_envs")
+    train = importlib.import_module("rl_zoo3.train")
+
+    class Made(Exception):
+        pass
+
+    def manager_of_arguments(*arguments: str) -> rl_zoo3.exp_manager.ExperimentManager:
+        """The manager that this command line makes; nothing is trained."""
+        managers = []
+
+        class Manager(rl_zoo3.exp_manager.ExperimentManager):
+            def setup_experiment(self) -> None:
+                managers.append(self)
+                raise Made
+
+        monkeypatch.setattr(train, "ExperimentManager", Manager)
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "-f", str(tmp_path), "-n", str(n_timesteps), *given])
+        with pytest.raises(Made):
+            train.train()
+        manager = managers[0]
+        manager._preprocess_hyperparams(manager.read_hyperparameters()[0])
+        return manager
+
+    several = manager_of_arguments("--algo", "mtsac", "--env", ENV_ID)
+    assert (several.n_eval_episodes, several.eval_freq) == (episodes, freq)
+    assert several._evaluation_arguments == ["--eval-episodes", str(episodes), "--eval-freq", str(freq)]
+    if not given:
+        # RL Zoo's own defaults, for one task and for other algorithms
+        for algo in ("mtsac", "sac"):
+            single = manager_of_arguments("--algo", algo, "--env", "Pendulum-v1")
+            assert (single.n_eval_episodes, single.eval_freq) == (5, 25_000)
+
+
+def test_evaluations_chosen_in_python_stay() -> None:
+    manager = manager_of("mtsac", n_eval_episodes=5, eval_freq=10)
+    manager._preprocess_hyperparams(manager.read_hyperparameters()[0])
+    assert (manager.n_eval_episodes, manager.eval_freq) == (5, 10)
+
+
 def test_enjoy_asks_for_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no trained mtsac agent for MetaWorld-MT10-v3.*rl_zoo3.train --algo mtsac"):

@@ -13,6 +13,9 @@ What it adds for ours:
 * ``env_kwargs`` of the file reach the evaluation environment; ``--eval-env-kwargs`` is laid over them.
 * Sub-environments share the tasks out (``VecTaskAssignment``), also where no ``vec_env_wrapper`` asks for it.
 * Evaluation visits every task equally often, on goals that stay the same during the run and belong to a seed of their own.
+  Without ``--eval-episodes`` it plays five episodes of each task (RL Zoo: five in all, hardly more than one of each), and
+  without ``--eval-freq`` long runs have a hundred evaluations (RL Zoo: one per 25000 steps, which would cost more than they
+  tell).
 * ``normalize`` builds ``VecTaskNormalize`` for multi-task environments, which leaves the one-hot of the task alone.
 * A run that is short for its warm-up (``-n`` below ten times ``learning_starts``) warms up for a tenth of it, else ``-n 6000``
   would never update a network. ``-params learning_starts:...`` is taken as it is.
@@ -72,6 +75,9 @@ else:
     # The mixin is put before RL Zoo's class when that one was loaded, see sb3_mtrl.zoo.patches
     ExperimentManager = object
 
+# Where --eval-episodes and --eval-freq are not given
+DEFAULT_EVAL_EPISODES_PER_TASK = 5
+DEFAULT_MAX_EVALUATIONS = 100
 WORKER_ARGUMENTS = ("n_workers", "worker_timeout", "restart_workers")
 
 
@@ -166,6 +172,10 @@ def cut_table(path: Path, n_header_lines: int, keep: Callable[[dict[str, str]], 
             end = file.tell()
 
 
+def _is_given(option: str) -> bool:
+    return any(argument.startswith(option) for argument in sys.argv[1:])
+
+
 class MultiTaskExperimentMixin(ExperimentManager):
     """
     Placed before RL Zoo's ``ExperimentManager``, it acts where ``algo`` is one of ours. The parameters are those of
@@ -186,6 +196,7 @@ class MultiTaskExperimentMixin(ExperimentManager):
         self.random_baseline = False
         self.eval_callback: MultiTaskEvalCallback | None = None
         self._saved_hyperparams: dict[str, Any] = {}
+        self._evaluation_arguments: list[str] = []
         if self.is_multi_task_algorithm and kwargs.get("config") is None:
             self.config = str(hyperparams_path(algo))
 
@@ -264,6 +275,7 @@ class MultiTaskExperimentMixin(ExperimentManager):
         # RL Zoo settles this before it reads the file
         self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}
         self._shorten_warm_up(processed[0])
+        self._choose_evaluations()
         if self.log_interval == -1 and any(isinstance(callback, LogEveryNTimesteps) for callback in processed[2]):
             # SB3 counts episodes: sub-environments that end together would write as many logs for one time step
             self.log_interval = -2
@@ -287,6 +299,20 @@ class MultiTaskExperimentMixin(ExperimentManager):
         if hyperparams["learning_starts"] > longest:
             print(f"learning_starts={hyperparams['learning_starts']} is long for {self.n_timesteps} steps, using {longest}")
             hyperparams["learning_starts"] = longest
+
+    def _choose_evaluations(self) -> None:
+        """Defaults for several tasks. Whoever makes a manager in Python, without RL Zoo's command line, has chosen."""
+        if self.num_tasks == 1 or not hasattr(self.args, "eval_episodes"):
+            return
+        # The shortest beginnings that argparse takes for these options
+        if not _is_given("--eval-ep"):
+            self.n_eval_episodes = DEFAULT_EVAL_EPISODES_PER_TASK * self.num_tasks
+        if not _is_given("--eval-f"):
+            self.eval_freq = max(self.eval_freq, self.n_timesteps // DEFAULT_MAX_EVALUATIONS)
+        # With a longer -n, too, a training that goes on keeps them
+        self._evaluation_arguments = ["--eval-episodes", str(self.n_eval_episodes), "--eval-freq", str(self.eval_freq)]
+        if self.eval_freq > 0 and not self.optimize_hyperparameters:
+            print(f"Evaluating {self.n_eval_episodes} episodes of {self.num_tasks} tasks every {self.eval_freq} steps")
 
     def _resolve_num_tasks(self, hyperparams: dict[str, Any]) -> dict[str, Any]:
         """Replace what is given per task or as "num_tasks" by the number it means for this environment."""
@@ -372,7 +398,8 @@ class MultiTaskExperimentMixin(ExperimentManager):
     def _write_config(self, saved_hyperparams: dict[str, Any]) -> None:
         super()._save_config(saved_hyperparams)
         if self.is_multi_task_algorithm:
-            (Path(self.params_path) / ARGUMENTS_FILE).write_text(json.dumps([*sys.argv[1:], "--seed", str(self.seed)]))
+            arguments = [*sys.argv[1:], "--seed", str(self.seed), *self._evaluation_arguments]
+            (Path(self.params_path) / ARGUMENTS_FILE).write_text(json.dumps(arguments))
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         model = super()._load_pretrained_agent(hyperparams, env)
