@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
+from scipy import stats
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_mtrl.evaluate
@@ -21,17 +22,32 @@ import sb3_mtrl.record
 from benchmarks.learning.results import append_results
 from sb3_mtrl import MTSAC
 from sb3_mtrl.common.evaluation import evaluate_multi_task_policy, wilson_interval
-from sb3_mtrl.common.figures import plot_learning_curves, plot_logged_values, plot_task_curves, project_to_plane
+from sb3_mtrl.common.figures import (
+    plot_final_scores,
+    plot_learning_curves,
+    plot_logged_values,
+    plot_task_curves,
+    project_to_plane,
+)
 from sb3_mtrl.common.results import (
     RunHistory,
+    describe_final_scores,
     final_scores,
     format_final_table,
     group_by_method,
+    leave_out_short_runs,
+    notes_on_final_scores,
+    read_evaluations,
     read_progress,
     read_tidy_results,
     stack_histories,
 )
-from sb3_mtrl.common.statistics import interquartile_mean, stratified_bootstrap, success_interval_over_runs
+from sb3_mtrl.common.statistics import (
+    interquartile_mean,
+    run_bootstrap,
+    stratified_bootstrap,
+    success_interval_over_runs,
+)
 from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize
 from sb3_mtrl.zoo.runs import TrainedRun, find_run
 from tests.test_zoo import ENV_ID, TINY_ENV, TINY_NETS, zoo_train
@@ -255,19 +271,59 @@ def test_stratified_bootstrap() -> None:
         stratified_bootstrap(np.zeros(3), np.mean)
 
 
+def test_run_bootstrap_is_over_whole_runs() -> None:
+    generator = np.random.default_rng(4)
+    one_task = generator.normal(size=(6, 1))
+    # Six runs of five tasks that say the same: as much is known as from one task
+    same = run_bootstrap(np.repeat(one_task, 5, axis=1), np.mean)
+    np.testing.assert_allclose(same, run_bootstrap(one_task, np.mean))
+    # rliable's interval takes them for 30 trainings: narrower by sqrt(5), and by Student's t and the factor of the variance
+    width, stratified = same[1] - same[0], np.ptp(stratified_bootstrap(np.repeat(one_task, 5, axis=1), np.mean))
+    ratio = np.sqrt(5) * stats.t.ppf(0.975, 5) / 1.96 * np.sqrt(6 / 5)
+    assert width / stratified == pytest.approx(ratio, rel=0.1)
+    # Tasks that depend on each other in any way: Student's interval of the means of the runs
+    scores = 0.5 * one_task + generator.normal(size=(6, 3)) + 100 * np.arange(3)
+    low, high = run_bootstrap(scores, np.mean, n_resamples=20_000)
+    expected = stats.t.interval(0.95, 5, scores.mean(), stats.sem(scores.mean(axis=1)))
+    assert (low, high) == pytest.approx(expected, abs=0.02 * np.ptp(expected))
+    curves = run_bootstrap(np.stack([scores, scores + 1], axis=2), lambda sample: sample.mean(axis=(0, 1)), 50)
+    np.testing.assert_allclose(curves[:, 1] - curves[:, 0], 1.0)
+    assert np.isnan(run_bootstrap(scores[:1], np.mean)).all()
+    with pytest.raises(ValueError, match="n_resamples must be at least 2, got 1"):
+        run_bootstrap(scores, np.mean, 1)
+
+
+@pytest.mark.parametrize(("statistic", "n_runs"), [(np.mean, 3), (interquartile_mean, 3), (interquartile_mean, 10)])
+def test_95_percent_of_the_intervals_over_runs_hold_the_true_value(statistic: Any, n_runs: int) -> None:
+    generator = np.random.default_rng(5)
+    # Ten tasks whose scores have a correlation of 0.3, mean 0
+    scores = np.sqrt(0.3) * generator.normal(size=(300, n_runs, 1)) + np.sqrt(0.7) * generator.normal(size=(300, n_runs, 10))
+
+    def coverage(bootstrap: Any) -> float:
+        ends = np.array([bootstrap(draw, statistic, 100) for draw in scores])
+        return float(np.mean((ends[:, 0] < 0) & (ends[:, 1] > 0)))
+
+    # Of 300 draws, 95 % -+ two standard deviations of 1.3 %
+    assert coverage(run_bootstrap) == pytest.approx(0.95, abs=0.03)
+    # What takes every task for a training of its own is too sure, and more runs do not help
+    assert coverage(stratified_bootstrap) < 0.8
+
+
 # ------------------------------------------------------------------------ plot
 
 
-def make_history(method: str, seed: int, scores: list[list[float]], steps: tuple[int, ...] = (10, 20)) -> RunHistory:
+def make_history(
+    method: str, seed: int, scores: list[list[float]], steps: tuple[int, ...] = (10, 20), episodes: int | None = None
+) -> RunHistory:
     """Success rates by evaluation and task; returns are ten times as large."""
     values = np.array(scores)
-    return RunHistory(method, "Env-v0", seed, ("left", "right"), np.array(steps), values, 10 * values)
+    return RunHistory(method, "Env-v0", seed, ("left", "right"), np.array(steps), values, 10 * values, episodes)
 
 
 HISTORIES = [
     make_history("a", 1, [[0.0, 0.2], [0.4, 0.6]]),
     make_history("a", 2, [[0.0, 0.4], [0.8, 0.8], [1.0, 1.0]], steps=(10, 20, 30)),
-    make_history("b", 1, [[0.0, 0.0], [0.1, 0.3]]),
+    make_history("b", 1, [[0.0, 0.0], [0.1, 0.3]], episodes=4),
 ]
 
 
@@ -289,14 +345,51 @@ def test_final_scores_and_table() -> None:
     assert first.task_means == pytest.approx([0.6, 0.7]) and first.mean == pytest.approx(0.65)
     # The middle two of 0.4, 0.6, 0.8, 0.8
     assert first.task_std == pytest.approx(0.05) and first.iqm == pytest.approx(0.7)
-    # Lowest and highest resamples have probability 1/16: 0.4, 0.4, 0.6, 0.6 and 0.8 four times
-    assert first.mean_interval == pytest.approx([0.5, 0.8]) and first.iqm_interval == pytest.approx([0.5, 0.8])
+    # The runs' means 0.5 and 0.8 are too few: t_{0.975, 1} = 12.706 leaves nothing of [0, 1] out
+    assert first.mean_interval.tolist() == first.iqm_interval.tolist() == [0, 1]
+    # Returns have no such bounds: 6.5 -+ t s / sqrt(2), s = 3 / sqrt(2)
+    assert final_scores(HISTORIES[:2], "return", 20_000).mean_interval == pytest.approx(
+        [6.5 - 12.706 * 1.5, 6.5 + 12.706 * 1.5], rel=0.02
+    )
+    # Lowest and highest resamples within the tasks have probability 1/16: 0.4, 0.4, 0.6, 0.6 and 0.8 four times
+    assert first.iqm_stratified_interval == pytest.approx([0.5, 0.8])
     assert second.worst_task == "left" and second.worst_mean == pytest.approx(0.1) and second.task_std == pytest.approx(0.1)
-    assert np.isnan(second.iqm_interval).all()
+    assert np.isnan([second.mean_interval, second.iqm_interval, second.iqm_stratified_interval]).all()
     lines = format_final_table([first, second]).splitlines()
-    assert lines[2].split() == ["a", "2", "20", "65%", "[50%,", "80%]", "70%", "[50%,", "80%]", "5%", "left", "60%"]
-    assert lines[3].split() == ["b", "1", "20", "20%", "-", "20%", "-", "10%", "left", "10%"]
+    assert lines[0] == "Last evaluation during the training at step 20"
+    intervals = ["65%", "[0%,", "100%]", "70%", "[0%,", "100%]", "[50%,", "80%]"]
+    assert lines[4].split() == ["a", "2", "20", "?", *intervals, "5%", "left", "60%"]
+    assert lines[5].split() == ["b", "1", "20", "4", "20%", "-", "20%", "-", "-", "10%", "left", "10%"]
     assert lines[-2].split() == ["left", "60%", "10%"]
+
+
+def test_runs_that_end_early_are_named() -> None:
+    long = [make_history("a", seed, [[0.5, 0.5], [0.9, 0.9]], steps=(10, 30)) for seed in (1, 2)]
+    aborted = make_history("b", 7, [[0.0, 0.0]], steps=(10,))
+    finished = make_history("b", 8, [[0.5, 0.5], [0.8, 0.8]], steps=(10, 30))
+
+    def notes(*histories: RunHistory) -> list[str]:
+        finals = [final_scores(runs) for runs in group_by_method(histories).values()]
+        return notes_on_final_scores(histories, finals)
+
+    assert notes(*long, finished) == []
+    assert notes(*long, aborted, finished) == [
+        "b: run 7 ends at step 10; the scores are of step 10, which all its runs share, not 30",
+        "the scores are of different steps (a 30, b 10): they do not compare the methods",
+    ]
+    assert leave_out_short_runs([*long, aborted, finished]) == [*long, finished]
+    # Alone it is the longest of its method
+    assert leave_out_short_runs([*long, aborted]) == [*long, aborted]
+    assert notes(*long, aborted) == ["the scores are of different steps (a 30, b 10): they do not compare the methods"]
+    other_steps = make_history("a", 3, [[0.5, 0.5], [0.9, 0.9]], steps=(10, 29))
+    assert notes(long[0], other_steps)[0].startswith("a: run 3 ends at step 29; the scores are of step 10")
+    # A policy that was not trained is no shorter training
+    untrained = make_history("random", 0, [[0.1, 0.1]], steps=(0,))
+    assert notes(*long, untrained) == []
+    finals = [final_scores(long), final_scores([untrained])]
+    assert describe_final_scores(finals) == "Last evaluation during the training at step 30"
+    only_last = [final_scores([make_history("a", 1, [[0.9, 0.9]], steps=(30,))]), final_scores([untrained])]
+    assert describe_final_scores(only_last) == "One evaluation of each run at step 30"
 
 
 def test_tidy_results_are_read_back(tmp_path: Path) -> None:
@@ -359,9 +452,63 @@ def test_plot_draws_all_that_the_runs_hold(logs: Path, tmp_path: Path, capsys: p
     algos = ["mtsac", "pacosac", "cmtasac"]
     sb3_mtrl.plot.main(["--algo", *algos, *TINY_ENV, "-f", str(logs), "-o", str(tmp_path)])
     output = capsys.readouterr().out
-    assert re.search(r"^mtsac +2 +120", output, re.M) and re.search(r"^cmtasac +1 +120", output, re.M)
+    # Two episodes of each task, as EVALUATED says
+    assert re.search(r"^mtsac +2 +120 +2 ", output, re.M) and re.search(r"^cmtasac +1 +120 +2 ", output, re.M)
     training = {f"{algo}_training" for algo in algos}
     assert_pictures(tmp_path, {"curves", "tasks", "final", "pacosac_w", "cmtasac_gate", *training})
+
+
+def test_plot_of_a_training_that_goes_on(logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest experiment has evaluations and a log, and no model yet; beside it is one that has just begun."""
+    pytest.importorskip("matplotlib")
+    experiments = tmp_path / "pacosac"
+    for number, names in (
+        ("1", ("evaluations.npz", "progress.csv", f"{ENV_ID}.zip")),
+        ("2", ("evaluations.npz", "progress.csv")),
+    ):
+        (experiments / f"{ENV_ID}_{number}").mkdir(parents=True)
+        for name in names:
+            shutil.copy(logs / "pacosac" / f"{ENV_ID}_1" / name, experiments / f"{ENV_ID}_{number}")
+    (experiments / f"{ENV_ID}_3").mkdir()
+
+    def draw(folder: str, *arguments: str) -> tuple[str, set[str]]:
+        output = tmp_path / folder
+        sb3_mtrl.plot.main(["--algo", "pacosac", *TINY_ENV, "-f", str(tmp_path), "-o", str(output), *arguments])
+        return capsys.readouterr().out, {path.stem for path in output.iterdir()}
+
+    printed, drawn = draw("all")
+    assert drawn == {"curves", "tasks", "final", "pacosac_training"}
+    assert "No figure w, gate of pacosac: experiment 2 has no model yet" in printed
+    assert draw("w", "--exp-id", "1", "--figures", "w")[1] == {"pacosac_w"}
+    # Needs neither a model nor evaluations
+    (experiments / f"{ENV_ID}_2" / "evaluations.npz").rename(experiments / f"{ENV_ID}_3" / "evaluations.npz")
+    assert draw("training", "--exp-id", "2", "--figures", "training")[1] == {"pacosac_training"}
+
+
+def test_plot_leaves_out_short_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    table = tmp_path / "results.csv"
+    aborted = make_history("b", 2, [[0.0, 0.0]], steps=(10,))
+    append_results(table, [row for history in (HISTORIES[0], HISTORIES[2], aborted) for row in history.rows()])
+    arguments = ["--results", str(table), "-o", str(tmp_path), "--figures", "final"]
+    sb3_mtrl.plot.main(arguments)
+    printed = capsys.readouterr().out
+    assert "Last evaluation during the training at steps 10, 20 (not comparable)" in printed and re.search(
+        r"^b +2 +10 +\? +0%", printed, re.M
+    )
+    assert "Note: b: run 2 ends at step 10" in printed and "Note: the scores are of different steps (a 20, b 10)" in printed
+    sb3_mtrl.plot.main([*arguments, "--leave-out-short"])
+    printed = capsys.readouterr().out
+    assert "Left out: b, run 2, which ends at step 10" in printed and re.search(r"^b +1 +20 +\? +20%", printed, re.M)
+    assert "Note" not in printed
+
+
+def test_number_of_episodes_behind_a_score(logs: Path, tmp_path: Path) -> None:
+    path = logs / "mtsac" / f"{ENV_ID}_1" / "evaluations.npz"
+    assert read_evaluations(path, "mtsac", ENV_ID, 1).episodes_per_task == 2
+    # SB3's own EvalCallback writes no tasks
+    np.savez(tmp_path / "evaluations.npz", timesteps=[10, 20], results=np.zeros((2, 5)), ep_lengths=np.ones((2, 5)))
+    assert read_evaluations(tmp_path / "evaluations.npz", "sac", "Pendulum-v1", 1).episodes_per_task == 5
 
 
 def test_plot_the_subspace(logs: Path, tmp_path: Path) -> None:
@@ -374,13 +521,27 @@ def test_plot_the_subspace(logs: Path, tmp_path: Path) -> None:
 def test_figures_show_the_numbers() -> None:
     pytest.importorskip("matplotlib")
     (axes,) = plot_learning_curves(HISTORIES).axes
-    mean_a, mean_b = axes.lines
+    mean_a, *runs_of_a, mean_b = axes.lines
     assert mean_a.get_xdata().tolist() == [10, 20]
     np.testing.assert_allclose(mean_a.get_ydata(), [0.15, 0.65])
     np.testing.assert_allclose(mean_b.get_ydata(), [0.0, 0.2])
+    # Each run to its own end
+    for line, expected in zip(runs_of_a, ([0.1, 0.5], [0.2, 0.8, 1.0]), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), expected)
     assert len(axes.collections) == 1  # one run has no interval
+    assert axes.get_legend().get_title().get_text() == "bands: 95% intervals over runs"
+    (axes,) = plot_learning_curves(HISTORIES[2:]).axes
+    assert axes.get_legend().get_title().get_text() == "4 episodes of each task per point"
     panels = plot_task_curves(HISTORIES).axes
     np.testing.assert_allclose(panels[1].lines[0].get_ydata(), [0.3, 0.7])
+    # The band of a task: Student's t over the runs, t_{0.975, 2} = 4.303, around 0.5 with s = 0.01
+    runs = [make_history("a", seed, [[0.0, level]], steps=(10,)) for seed, level in enumerate((0.49, 0.5, 0.51))]
+    (band,) = plot_task_curves(runs, n_resamples=20_000).axes[1].collections
+    ends = band.get_datalim(plot_task_curves(runs).axes[1].transData).intervaly
+    assert ends == pytest.approx([0.5 - 4.303 * 0.01 / np.sqrt(3), 0.5 + 4.303 * 0.01 / np.sqrt(3)], rel=0.01)
+    final = plot_final_scores([final_scores(HISTORIES[:2]), final_scores(HISTORIES[2:])])
+    labels = [label.get_text() for label in final.axes[0].get_yticklabels()]
+    assert labels == ["a (2 runs)\nstep 20", "b (1 run)\nstep 20, 4 ep. per task"]
     columns = {"train/lambda": np.array([1.0, 2]), "train/lambda/a": np.array([3.0, np.nan]), "train/x": np.ones(2)}
     figure = plot_logged_values(np.array([1, 2]), columns)
     assert [axes.get_ylabel() for axes in figure.axes] == ["train/lambda", "train/x"]
@@ -391,7 +552,7 @@ def test_plot_from_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     pytest.importorskip("matplotlib")
     append_results(tmp_path / "results.csv", [row for history in HISTORIES for row in history.rows()])
     sb3_mtrl.plot.main(["--results", str(tmp_path / "results.csv"), "-o", str(tmp_path / "plots")])
-    assert re.search(r"^a +2 +20 +65%", capsys.readouterr().out, re.M)
+    assert re.search(r"^a +2 +20 +\? +65%", capsys.readouterr().out, re.M)
     assert_pictures(tmp_path / "plots", {"curves", "tasks", "final"})
 
 

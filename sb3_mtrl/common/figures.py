@@ -6,13 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sb3_mtrl.common.results import FinalScores, RunHistory, group_by_method, stack_histories
-from sb3_mtrl.common.statistics import stratified_bootstrap
+from sb3_mtrl.common.results import (
+    FinalScores,
+    RunHistory,
+    describe_final_scores,
+    group_by_method,
+    interval_over_runs,
+    lowest_episodes_per_task,
+    stack_histories,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AXIS_LABELS = {"success": "success rate", "return": "mean return"}
+# So many runs are drawn one by one, too
+MAX_SINGLE_RUNS = 5
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -50,16 +59,16 @@ def plot_learning_curves(histories: Sequence[RunHistory], metric: str = "success
     :param histories: Runs of one environment
     :param metric: "success" or "return"
     :param n_resamples: Resamples of the bootstrap
-    :return: The mean over tasks and runs of each method, with its 95 % stratified bootstrap interval
+    :return: The mean over tasks and runs of each method, with its 95 % interval over whole runs; the mean over tasks of each
+        run, where there are few
     """
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
-    for method, runs in group_by_method(histories).items():
-        steps, scores = stack_histories(runs, metric)
-        _draw_curve(axes, steps, scores, _run_label(method, runs), n_resamples)
+    for runs in group_by_method(histories).values():
+        _draw_curve(axes, runs, metric, slice(None), n_resamples)
     axes.set_title(f"{histories[0].env}, mean of {len(histories[0].task_names)} tasks")
     _finish_curve_axes(axes, metric)
-    axes.legend()
+    axes.legend(title=_describe_curves(histories), title_fontsize="small", fontsize="small")
     return figure
 
 
@@ -68,17 +77,16 @@ def plot_task_curves(histories: Sequence[RunHistory], metric: str = "success", n
     :param histories: Runs of one environment
     :param metric: "success" or "return"
     :param n_resamples: Resamples of the bootstrap
-    :return: A panel per task, with the mean over runs of each method and its 95 % bootstrap interval
+    :return: A panel per task, with the mean over runs of each method and its 95 % interval; each run, where there are few
     """
     task_names = histories[0].task_names
     n_columns = min(5, len(task_names))
     n_rows = -(-len(task_names) // n_columns)
     figure = new_figure(3.2 * n_columns, 2.6 * n_rows + 0.5)
     panels = figure.subplots(n_rows, n_columns, sharex=True, sharey=metric == "success", squeeze=False).ravel()
-    for method, runs in group_by_method(histories).items():
-        steps, scores = stack_histories(runs, metric)
+    for runs in group_by_method(histories).values():
         for task, axes in enumerate(panels[: len(task_names)]):
-            _draw_curve(axes, steps, scores[:, task : task + 1], _run_label(method, runs), n_resamples)
+            _draw_curve(axes, runs, metric, slice(task, task + 1), n_resamples)
     for axes, name in zip(panels, task_names, strict=False):
         axes.set_title(name, fontsize="medium")
         _finish_curve_axes(axes, metric)
@@ -86,7 +94,8 @@ def plot_task_curves(histories: Sequence[RunHistory], metric: str = "success", n
             axes.label_outer()
     for axes in panels[len(task_names) :]:
         axes.set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, title=_describe_curves(histories))
     return figure
 
 
@@ -94,9 +103,10 @@ def plot_final_scores(finals: Sequence[FinalScores], metric: str = "success") ->
     """
     :param finals: Final scores of each method
     :param metric: "success" or "return"
-    :return: Interquartile mean and mean with their intervals, spread over the tasks, and worst task, a row per method
+    :return: Interquartile mean and mean with their intervals over whole runs, spread over the tasks, and worst task, a row per
+        method
     """
-    figure = new_figure(11, 1.2 + 0.45 * len(finals))
+    figure = new_figure(11, 1.6 + 0.45 * len(finals))
     panels = figure.subplots(1, 4, sharey=True)
     rows = np.arange(len(finals))
     for axes, name in zip(panels[:2], ("iqm", "mean"), strict=True):
@@ -108,16 +118,16 @@ def plot_final_scores(finals: Sequence[FinalScores], metric: str = "success") ->
     panels[3].barh(rows, [final.worst_mean for final in finals])
     for row, final in enumerate(finals):
         panels[3].annotate(f" {final.worst_task}", (0, row), va="center", fontsize="small")
-    titles = ("interquartile mean", "mean", "std over tasks", "worst task")
+    titles = ("IQM, 95% over runs", "mean, 95% over runs", "std over tasks", "worst task")
     for axes, title in zip(panels, titles, strict=True):
         axes.set(title=title, xlabel=AXIS_LABELS[metric])
         axes.grid(axis="x", alpha=0.3)
     if metric == "success":
         for axes in panels[[0, 1, 3]]:
             axes.set_xlim(-0.02, 1.02)
-    labels = [f"{final.method} ({final.n_runs} run{'s' if final.n_runs > 1 else ''})" for final in finals]
-    panels[0].set_yticks(rows, labels)
+    panels[0].set_yticks(rows, [_final_label(final) for final in finals])
     panels[0].invert_yaxis()
+    figure.suptitle(describe_final_scores(finals), fontsize="medium")
     return figure
 
 
@@ -227,11 +237,34 @@ def _mean_over_runs_and_tasks(scores: np.ndarray) -> np.ndarray:
     return scores.mean(axis=(0, 1))
 
 
-def _draw_curve(axes: Any, steps: np.ndarray, scores: np.ndarray, label: str, n_resamples: int) -> None:
+def _draw_curve(axes: Any, runs: Sequence[RunHistory], metric: str, tasks: slice, n_resamples: int) -> None:
+    steps, scores = stack_histories(runs, metric)
+    scores = scores[:, tasks]
+    label = f"{runs[0].method} ({_count_runs(len(runs))})"
     (line,) = axes.plot(steps, _mean_over_runs_and_tasks(scores), label=label, marker="." if len(steps) < 30 else None)
-    if len(scores) > 1:
-        low, high = stratified_bootstrap(scores, _mean_over_runs_and_tasks, n_resamples)
-        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    if len(runs) == 1:
+        return
+    low, high = interval_over_runs(scores, _mean_over_runs_and_tasks, metric, n_resamples)
+    axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    if len(runs) <= MAX_SINGLE_RUNS:
+        for run in runs:  # each to its own end
+            mean = run.scores(metric)[:, tasks].mean(axis=1)
+            axes.plot(run.timesteps, mean, color=line.get_color(), linewidth=0.6, alpha=0.6)
+
+
+def _describe_curves(histories: Sequence[RunHistory]) -> str:
+    n_episodes = lowest_episodes_per_task(histories)
+    has_bands = any(len(runs) > 1 for runs in group_by_method(histories).values())
+    parts = [
+        *([] if n_episodes is None else [f"{n_episodes} episode{'s' if n_episodes > 1 else ''} of each task per point"]),
+        *(["bands: 95% intervals over runs"] if has_bands else []),
+    ]
+    return "; ".join(parts)
+
+
+def _final_label(final: FinalScores) -> str:
+    episodes = "" if final.episodes_per_task is None else f", {final.episodes_per_task} ep. per task"
+    return f"{final.method} ({_count_runs(final.n_runs)})\nstep {final.step}{episodes}"
 
 
 def _finish_curve_axes(axes: Any, metric: str) -> None:
@@ -241,8 +274,8 @@ def _finish_curve_axes(axes: Any, metric: str) -> None:
         axes.set_ylim(-0.02, 1.02)
 
 
-def _run_label(method: str, runs: Sequence[RunHistory]) -> str:
-    return f"{method} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
+def _count_runs(n_runs: int) -> str:
+    return f"{n_runs} run{'s' if n_runs > 1 else ''}"
 
 
 def _colours(n_lines: int) -> Any:

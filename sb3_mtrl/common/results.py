@@ -4,17 +4,23 @@ import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sb3_mtrl.common.statistics import interquartile_mean, stratified_bootstrap
+from sb3_mtrl.common.statistics import interquartile_mean, run_bootstrap, stratified_bootstrap
 from sb3_mtrl.common.utils import check_choice
 
 METRICS = ("success", "return")
 TIDY_COLUMNS = ("method", "env", "seed", "step", "task", "success", "return")
+# Of the table of final scores
+LEGEND = (
+    "episodes: of each task, behind the score of a run (?: the table of results does not tell)",
+    "95% (runs): whole runs resampled, with Student's t for their number; few runs say little, one run says nothing",
+    "95% (stratified): rliable's interval of the IQM, which takes every (run, task) for a training of its own. Where one run",
+    "    learns all tasks, it is too narrow",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +35,7 @@ class RunHistory:
     :param timesteps: Environment steps over all tasks at each evaluation ``(E,)``, rising
     :param success_rates: Success rates ``(E, T)``, NaN where the environment tells nothing of success
     :param mean_returns: Mean returns ``(E, T)``
+    :param episodes_per_task: Number of episodes behind each rate and return; None where it is not known
     :raises ValueError: if the shapes do not fit or there is no evaluation
     """
 
@@ -39,6 +46,7 @@ class RunHistory:
     timesteps: np.ndarray
     success_rates: np.ndarray
     mean_returns: np.ndarray
+    episodes_per_task: int | None = None
 
     def __post_init__(self) -> None:
         expected = (len(self.timesteps), len(self.task_names))
@@ -107,13 +115,16 @@ def read_evaluations(path: str | Path, method: str, env: str, seed: int) -> RunH
     if "task_mean_rewards" in arrays:
         task_names = tuple(arrays["task_names"].tolist())
         returns, successes = arrays["task_mean_rewards"], arrays.get("task_success_rates")
+        n_episodes = int(np.bincount(arrays["task_ids"], minlength=len(task_names)).min())
     else:
         task_names = ("all",)
         returns = results.mean(axis=1, keepdims=True)
         successes = arrays["successes"].mean(axis=1, keepdims=True) if "successes" in arrays else None
+        n_episodes = results.shape[1]
     if successes is None:
         successes = np.full(np.shape(returns), np.nan)
-    return RunHistory(method, env, seed, task_names, timesteps, np.asarray(successes, dtype=np.float64), np.asarray(returns))
+    successes = np.asarray(successes, dtype=np.float64)
+    return RunHistory(method, env, seed, task_names, timesteps, successes, np.asarray(returns), n_episodes)
 
 
 def read_tidy_results(path: str | Path) -> list[RunHistory]:
@@ -184,6 +195,19 @@ def group_by_method(histories: Sequence[RunHistory]) -> dict[str, list[RunHistor
     return groups
 
 
+def leave_out_short_runs(histories: Sequence[RunHistory]) -> list[RunHistory]:
+    """
+    :param histories: Runs of one environment
+    :return: Those that go as far as the longest run of their method
+    """
+    last_steps = {method: max(map(_last_step, runs)) for method, runs in group_by_method(histories).items()}
+    return [history for history in histories if _last_step(history) == last_steps[history.method]]
+
+
+def _last_step(history: RunHistory) -> int:
+    return int(history.timesteps[-1])
+
+
 @dataclass(frozen=True, eq=False)
 class FinalScores:
     """
@@ -192,12 +216,16 @@ class FinalScores:
     :param method: Name of the algorithm
     :param n_runs: Number of runs
     :param step: Environment steps at that evaluation
+    :param n_evaluations: Number of evaluations of the longest run
+    :param episodes_per_task: Number of episodes behind the score of a run on a task, the lowest of the runs; None where it is
+        not known
     :param task_names: T names
     :param task_means: Mean over the runs of each task ``(T,)``
     :param mean: Mean over runs and tasks
-    :param mean_interval: 95 % stratified bootstrap interval ``(2,)``; NaN for a single run
+    :param mean_interval: 95 % interval over whole runs (``run_bootstrap``) ``(2,)``; NaN for a single run
     :param iqm: Interquartile mean over runs and tasks
-    :param iqm_interval: Its interval ``(2,)``
+    :param iqm_interval: Its interval over whole runs ``(2,)``
+    :param iqm_stratified_interval: Its interval if every score were a training of its own (``stratified_bootstrap``) ``(2,)``
     :param task_std: Standard deviation (population) of ``task_means``
     :param worst_task: Name of the task with the lowest mean
     """
@@ -205,12 +233,15 @@ class FinalScores:
     method: str
     n_runs: int
     step: int
+    n_evaluations: int
+    episodes_per_task: int | None
     task_names: tuple[str, ...]
     task_means: np.ndarray
     mean: float
     mean_interval: np.ndarray
     iqm: float
     iqm_interval: np.ndarray
+    iqm_stratified_interval: np.ndarray
     task_std: float
     worst_task: str
 
@@ -224,49 +255,118 @@ def final_scores(histories: Sequence[RunHistory], metric: str = "success", n_res
     """
     :param histories: Runs of one method and the same tasks
     :param metric: "success" or "return"
-    :param n_resamples: Resamples of the bootstrap
+    :param n_resamples: Resamples of the bootstraps
     :return: Their final scores
     """
     steps, scores = stack_histories(histories, metric)
     final = scores[:, :, -1]  # (runs, T)
     task_means = final.mean(axis=0)
-    interval: Callable[..., np.ndarray] = partial(stratified_bootstrap, final, n_resamples=n_resamples)
     return FinalScores(
         method=histories[0].method,
         n_runs=len(histories),
         step=int(steps[-1]),
+        n_evaluations=max(len(history.timesteps) for history in histories),
+        episodes_per_task=lowest_episodes_per_task(histories),
         task_names=histories[0].task_names,
         task_means=task_means,
         mean=float(final.mean()),
-        mean_interval=interval(np.mean),
+        mean_interval=interval_over_runs(final, np.mean, metric, n_resamples),
         iqm=interquartile_mean(final),
-        iqm_interval=interval(interquartile_mean),
+        iqm_interval=interval_over_runs(final, interquartile_mean, metric, n_resamples),
+        iqm_stratified_interval=stratified_bootstrap(final, interquartile_mean, n_resamples),
         task_std=float(task_means.std()),
         worst_task=histories[0].task_names[int(task_means.argmin())],
     )
+
+
+def interval_over_runs(
+    scores: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray | float], metric: str, n_resamples: int
+) -> np.ndarray:
+    """
+    :param scores: Scores ``(runs, T, ...)``
+    :param statistic: Function of such an array
+    :param metric: "success" or "return"
+    :param n_resamples: Resamples of the bootstrap
+    :return: 95 % interval of ``run_bootstrap``; that of a success rate ends at 0 and 1
+    """
+    interval = run_bootstrap(scores, statistic, n_resamples)
+    return np.clip(interval, 0.0, 1.0) if metric == "success" else interval
+
+
+def lowest_episodes_per_task(histories: Sequence[RunHistory]) -> int | None:
+    """
+    :param histories: Runs
+    :return: The lowest number of episodes behind a score; None if that of a run is not known
+    """
+    numbers = [history.episodes_per_task for history in histories if history.episodes_per_task is not None]
+    return min(numbers) if len(numbers) == len(histories) else None
+
+
+def describe_final_scores(finals: Sequence[FinalScores]) -> str:
+    """
+    :param finals: Final scores of each method
+    :return: A line that tells which evaluations these scores are
+    """
+    is_curve = any(final.n_evaluations > 1 for final in finals)
+    steps = sorted({final.step for final in finals if final.step > 0})  # at 0 there was no training
+    at = ""
+    if steps:
+        at = f" at step {steps[0]}" if len(steps) == 1 else f" at steps {', '.join(map(str, steps))} (not comparable)"
+    return f"{'Last evaluation during the training' if is_curve else 'One evaluation of each run'}{at}"
+
+
+def notes_on_final_scores(histories: Sequence[RunHistory], finals: Sequence[FinalScores]) -> list[str]:
+    """
+    What keeps final scores from being compared.
+
+    :param histories: Runs of one environment
+    :param finals: Final scores of each method
+    :return: A line for each method whose runs end at different steps, and one if the scores are of different steps
+    """
+    notes = []
+    groups = group_by_method(histories)
+    for final in finals:
+        runs = groups[final.method]
+        longest = max(map(_last_step, runs))
+        if final.step < longest:
+            ends = ", ".join(f"run {run.seed} ends at step {_last_step(run)}" for run in runs if _last_step(run) < longest)
+            why = ends or "its runs were not evaluated at the same steps"
+            notes.append(
+                f"{final.method}: {why}; the scores are of step {final.step}, which all its runs share, not {longest}"
+            )
+    trained = {final.method: final.step for final in finals if final.step > 0}
+    if len(set(trained.values())) > 1:
+        steps = ", ".join(f"{method} {step}" for method, step in trained.items())
+        notes.append(f"the scores are of different steps ({steps}): they do not compare the methods")
+    return notes
 
 
 def format_final_table(finals: Sequence[FinalScores], metric: str = "success") -> str:
     """
     :param finals: Final scores of each method, of the same tasks
     :param metric: "success" (shown in percent) or "return"
-    :return: A plain-text table with a row per method, and below one with a row per task; without a line break at its end
+    :return: A plain-text table with a row per method, what its intervals are, and below one with a row per task; without a
+        line break at its end
     """
     show = "{:.0%}".format if metric == "success" else "{:.1f}".format
 
     def interval(ends: np.ndarray) -> str:
         return "-" if np.isnan(ends).any() else f"[{show(ends[0])}, {show(ends[1])}]"
 
-    rows = [("method", "runs", "steps", "mean", "95% interval", "IQM", "95% interval", "std of tasks", "worst task")]
+    head = ("method", "runs", "steps", "episodes", "mean", "95% (runs)", "IQM", "95% (runs)", "95% (stratified)")
+    rows = [(*head, "std of tasks", "worst task")]
     for final in finals:
-        worst = f"{final.worst_task} {show(final.worst_mean)}"
-        numbers = (show(final.mean), interval(final.mean_interval), show(final.iqm), interval(final.iqm_interval))
-        rows.append((final.method, str(final.n_runs), str(final.step), *numbers, show(final.task_std), worst))
+        numbers = (
+            *("?" if final.episodes_per_task is None else str(final.episodes_per_task), show(final.mean)),
+            *(interval(final.mean_interval), show(final.iqm), interval(final.iqm_interval)),
+            *(interval(final.iqm_stratified_interval), show(final.task_std), f"{final.worst_task} {show(final.worst_mean)}"),
+        )
+        rows.append((final.method, str(final.n_runs), str(final.step), *numbers))
     task_rows = [("task", *(final.method for final in finals))]
     task_rows += [
         (name, *(show(final.task_means[task]) for final in finals)) for task, name in enumerate(finals[0].task_names)
     ]
-    return "\n".join([*_align_rows(rows), "", *_align_rows(task_rows)])
+    return "\n".join([describe_final_scores(finals), "", *_align_rows(rows), *LEGEND, "", *_align_rows(task_rows)])
 
 
 def _align_rows(rows: Sequence[Sequence[str]]) -> list[str]:

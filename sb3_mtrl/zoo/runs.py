@@ -151,6 +151,17 @@ class TrainedRun:
         return {"goals": "fixed" if env.goals == "fixed" else "cycle", "success": "any"}
 
 
+def experiment_folder(folder: str | Path, algo: str, env_id: str, exp_id: int) -> Path:
+    """
+    :param folder: Folder of all agents (``-f`` of RL Zoo)
+    :param algo: Name of the algorithm in RL Zoo
+    :param env_id: Id of the environment
+    :param exp_id: Number of the experiment
+    :return: Folder of the experiment
+    """
+    return Path(folder, algo, f"{EnvironmentName(env_id)}_{exp_id}")
+
+
 def find_experiments(folder: str | Path, algo: str, env_id: str) -> list[int]:
     """
     :param folder: Folder of all agents (``-f`` of RL Zoo)
