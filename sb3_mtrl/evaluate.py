@@ -5,9 +5,11 @@
     python -m sb3_mtrl.evaluate --algo pacosac --env MetaWorld-MT10-v3 -f logs/ --exp-id 1 2 3 --random-baseline
 
 Deterministic policy; on Meta-World every task plays its fixed list of 50 goals, each of them once, and an episode counts as
-solved if any of its steps succeeds. Other environments play the start states of a fixed seed. The agent is found as
-``rl_zoo3.enjoy`` finds it, and its result is written as JSON beside the model. With several experiments (seeds), their
-mean per task is shown with an interval, and written beside their folders.
+solved if any of its steps succeeds. These are the goals that the training draws from, as in Meta-World's multi-task protocol:
+the result tells what was learned, not how it generalises to other goals; ``--env-kwargs goal_seed:1`` plays others. Other
+environments play the start states of a fixed seed. The agent is found as ``rl_zoo3.enjoy`` finds it, and its result is written
+as JSON beside the model. With several experiments (seeds), their mean per task is shown with an interval, and written beside
+their folders.
 """
 
 import argparse
@@ -31,6 +33,11 @@ from sb3_mtrl.zoo.runs import VEC_ENVS, TrainedRun, add_run_arguments, find_runs
 DEFAULT_EPISODES_PER_TASK = 50
 # More tables side by side than this do not fit on a screen
 MAX_RUNS_SIDE_BY_SIDE = 6
+# Runs are only taken together that have these in common
+COMMON_DETAILS = (
+    *("algo", "env", "protocol", "episodes_per_task", "horizon", "goals_per_task", "goal_seed"),
+    *("goals_of_training", "selected_on_these_goals", "seed", "deterministic", "sb3_mtrl"),
+)
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,7 @@ def evaluate_run(
                 "episodes_per_task": n_episodes,
                 "goals_per_task": n_goals,
                 "horizon": env.get_attr("horizon", indices=0)[0] if env.has_attr("horizon") else None,
+                **(run.compare_goals(env_kwargs) if goal_list else {}),
                 "seed": DEFAULT_EVAL_SEED,
                 "deterministic": True,
                 "sb3_mtrl": sb3_mtrl.__version__,
@@ -168,10 +176,18 @@ def aggregate_runs(results: Sequence[EvaluatedRun]) -> dict[str, Any]:
     What several runs say together; every run weighs the same.
 
     :param results: At least one result, of the same tasks and numbers of episodes
-    :return: Number of runs, and for the mean of the tasks and each task: mean, sample standard deviation over the runs, lowest
-        and highest success rate, 95 % interval (see ``success_interval_over_runs``); None stands for an unknown number
-    :raises ValueError: if they are of different tasks
+    :return: What was evaluated and how, number of runs, and for the mean of the tasks and each task: mean, sample standard
+        deviation over the runs, lowest and highest success rate, 95 % interval (see ``success_interval_over_runs``); None
+        stands for an unknown number
+    :raises ValueError: if they are of different tasks, or were not evaluated in the same way
     """
+    for name in COMMON_DETAILS:
+        values = [result.details.get(name) for result in results]
+        if any(value != values[0] for value in values):
+            each = ", ".join(
+                f"{value} (experiment {result.run.exp_id})" for result, value in zip(results, values, strict=True)
+            )
+            raise ValueError(f"experiments must have the same {name} to be taken together, got {each}")
     evaluations = [result.evaluation for result in results]
     suites = sorted({", ".join(evaluation.task_names) for evaluation in evaluations})
     if len(suites) > 1:
@@ -180,8 +196,12 @@ def aggregate_runs(results: Sequence[EvaluatedRun]) -> dict[str, Any]:
     task_names = evaluations[0].task_names
     rates = np.stack([evaluation.success_rates for evaluation in evaluations])  # (runs, T)
     return {
+        **{name: results[0].details[name] for name in COMMON_DETAILS if name in results[0].details},
         "runs": len(results),
         "exp_ids": [result.run.exp_id for result in results],
+        "models": [result.details["model"] for result in results],
+        "num_timesteps": [result.details["num_timesteps"] for result in results],
+        "train_seeds": [result.details["train_seed"] for result in results],
         **_summarize(rates.mean(axis=1), n_episodes * len(task_names)),
         "tasks": {name: _summarize(rates[:, task], n_episodes) for task, name in enumerate(task_names)},
     }
@@ -210,7 +230,11 @@ def format_aggregate(aggregate: Mapping[str, Any]) -> str:
     lines += [f"{name:<{width}} | {_format_summary(row)}" for name, row in rows.items()]
     rule = "-" * max(map(len, lines))
     lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
-    return "\n".join([f"{aggregate['runs']} runs", *lines])
+    models = [
+        f"experiment {exp_id}: {model} after {steps} steps"
+        for exp_id, model, steps in zip(aggregate["exp_ids"], aggregate["models"], aggregate["num_timesteps"], strict=True)
+    ]
+    return "\n".join([f"{aggregate['runs']} runs ({', '.join(models)})", *lines])
 
 
 def _format_summary(row: Mapping[str, Any]) -> str:
@@ -279,9 +303,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(_format_runs(results))
     if aggregate:
         print(format_aggregate(aggregate))
-        first = {key: results[0].details[key] for key in ("algo", "env", "protocol", "episodes_per_task", "horizon")}
-        path = _json_path(Path(args.folder, args.algo, EnvironmentName(args.env)), args.protocol)
-        print(f"Written: {_write_json(path, {**first, **aggregate})}")
+    for note in _notes_on_goals(results[0].details):
+        print(f"Note: {note}")
+    if aggregate:
+        stem = Path(args.folder, args.algo, f"{EnvironmentName(args.env)}{_which_model(args)}")
+        print(f"Written: {_write_json(_json_path(stem, args.protocol), aggregate)}")
+
+
+def _which_model(args: argparse.Namespace) -> str:
+    """What tells the files of other models of the same experiments apart from that of the final ones."""
+    if args.load_best:
+        return ".best_model"
+    if args.load_checkpoint is not None:
+        return f".rl_model_{args.load_checkpoint}_steps"
+    return ".last_checkpoint" if args.load_last_checkpoint else ""
+
+
+def _notes_on_goals(details: Mapping[str, Any]) -> list[str]:
+    notes = []
+    if details.get("goals_of_training") is True:
+        notes.append(
+            "the goals are those of the training (Meta-World's multi-task protocol): success on other goals is not measured; "
+            "--env-kwargs goal_seed:1 plays others"
+        )
+    if details.get("selected_on_these_goals"):
+        notes.append(
+            "the best model was chosen by its success on goals among these: its success rate here is too high an estimate of "
+            "that on others"
+        )
+    return notes
 
 
 def _format_runs(results: Sequence[EvaluatedRun]) -> str:

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +22,7 @@ import sb3_mtrl.plot
 import sb3_mtrl.record
 from benchmarks.learning.results import append_results
 from sb3_mtrl import MTSAC
-from sb3_mtrl.common.evaluation import evaluate_multi_task_policy, wilson_interval
+from sb3_mtrl.common.evaluation import MultiTaskEvaluation, evaluate_multi_task_policy, wilson_interval
 from sb3_mtrl.common.figures import (
     plot_final_scores,
     plot_learning_curves,
@@ -48,7 +49,8 @@ from sb3_mtrl.common.statistics import (
     stratified_bootstrap,
     success_interval_over_runs,
 )
-from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize
+from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize, make_multi_task_vec_env
+from sb3_mtrl.envs import MetaWorldMultiTaskEnv
 from sb3_mtrl.zoo.runs import TrainedRun, find_run
 from tests.test_zoo import ENV_ID, TINY_ENV, TINY_NETS, zoo_train
 from tests.tiny_envs import PointTasksEnv
@@ -146,14 +148,143 @@ def test_malformed_settings_name_the_file(name: str, text: str, tmp_path: Path) 
 
 def test_evaluate_several_experiments(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command(sb3_mtrl.evaluate, "mtsac", logs, "--exp-id", "1", "2", "--episodes-per-task", "2", "--n-envs", "2")
-    assert "2 runs" in capsys.readouterr().out
+    model = f"{ENV_ID}.zip"
+    assert f"2 runs (experiment 1: {model} after 150 steps, experiment 2: {model} after 150 steps)" in capsys.readouterr().out
     runs = [json.loads((logs / "mtsac" / f"{ENV_ID}_{i}" / f"{ENV_ID}.evaluation.json").read_text()) for i in (1, 2)]
     together = json.loads((logs / "mtsac" / f"{ENV_ID}.evaluation.json").read_text())
-    assert together["exp_ids"] == [1, 2]
+    assert together["exp_ids"] == together["train_seeds"] == [1, 2]
+    assert together["models"] == [model] * 2 and together["num_timesteps"] == [150] * 2
+    assert (together["horizon"], together["episodes_per_task"]) == (20, 2)
     for task in TASKS:
         rates = np.array([run["tasks"][task]["success_rate"] for run in runs])
         assert together["tasks"][task]["success_rate"] == pytest.approx(rates.mean())
         assert together["tasks"][task]["success_interval_95"] == pytest.approx(success_interval_over_runs(rates, 2))
+
+
+def test_evaluations_of_other_models_are_kept_apart(logs: Path) -> None:
+    folder, common = logs / "mtsac", ("--exp-id", "1", "2", "--episodes-per-task", "1")
+    command(sb3_mtrl.evaluate, "mtsac", logs, *common)
+    of_final = (folder / f"{ENV_ID}.evaluation.json").read_text()
+    for flags, name in (
+        (["--load-best"], "best_model"),
+        (["--load-checkpoint", "120"], "rl_model_120_steps"),
+        (["--load-last-checkpoint"], "last_checkpoint"),
+    ):
+        command(sb3_mtrl.evaluate, "mtsac", logs, *common, *flags)
+        together = json.loads((folder / f"{ENV_ID}.{name}.evaluation.json").read_text())
+        stem = name if name == "best_model" else "rl_model_120_steps"
+        assert together["models"] == [f"{stem}.zip"] * 2 and max(together["num_timesteps"]) <= 120
+    assert (folder / f"{ENV_ID}.evaluation.json").read_text() == of_final
+
+
+@pytest.mark.parametrize("name", ["horizon", "episodes_per_task", "goals_per_task", "goal_seed"])
+def test_experiments_evaluated_otherwise_are_not_taken_together(name: str, tmp_path: Path) -> None:
+    evaluation = MultiTaskEvaluation(("a", "b"), np.array([0, 1]), np.zeros(2), np.ones(2, dtype=int), np.ones(2))
+
+    def result(exp_id: int, value: int) -> sb3_mtrl.evaluate.EvaluatedRun:
+        run = TrainedRun("mtsac", "MetaWorld-MT3-v3", exp_id, tmp_path, tmp_path / "MetaWorld-MT3-v3.zip")
+        details = {"model": run.model_path.name, "num_timesteps": exp_id, "train_seed": 0, name: value}
+        return sb3_mtrl.evaluate.EvaluatedRun(run, evaluation, None, details)
+
+    assert sb3_mtrl.evaluate.aggregate_runs([result(1, 150), result(2, 150)])["num_timesteps"] == [1, 2]
+    with pytest.raises(
+        ValueError, match=rf"the same {name} to be taken together, got 150 \(experiment 1\), 500 \(experiment 2\)"
+    ):
+        sb3_mtrl.evaluate.aggregate_runs([result(1, 150), result(2, 500)])
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluated", "is_of_training", "is_of_selection"),
+    [
+        ({}, {}, True, True),
+        ({}, {"goal_seed": 1}, False, False),
+        ({"env_kwargs": {"goal_seed": 1}}, {}, True, True),
+        ({"eval_env_kwargs": {"goal_seed": 1}}, {}, True, False),
+        ({"eval_env_kwargs": {"goal_seed": 1}}, {"goal_seed": 1}, False, True),
+        ({"env_kwargs": {"goals": "fixed"}}, {"goals": "fixed"}, True, True),
+        ({"env_kwargs": {"goals": "fixed"}}, {"goals": "cycle"}, False, True),
+    ],
+)
+def test_which_goals_the_agent_knows(
+    train: dict[str, Any], evaluated: dict[str, Any], is_of_training: bool, is_of_selection: bool, tmp_path: Path
+) -> None:
+    env_id = "MetaWorld-MT3-v3"
+    (tmp_path / env_id).mkdir()
+    (tmp_path / env_id / "args.yml").write_text(yaml.safe_dump(train))
+    for stem in (env_id, "best_model"):
+        run = TrainedRun("mtsac", env_id, 1, tmp_path, tmp_path / f"{stem}.zip")
+        known = run.compare_goals(evaluated)
+        assert known["goal_seed"] == (evaluated or train.get("env_kwargs", {})).get("goal_seed", 0)
+        assert known["goals_of_training"] is is_of_training
+        assert known["selected_on_these_goals"] is (is_of_selection and stem == "best_model")
+
+
+@pytest.mark.parametrize(("protocol", "horizon", "n_episodes"), [("paper", 150, 10), ("standard", 500, 50)])
+def test_evaluate_on_metaworld(
+    protocol: str,
+    horizon: int,
+    n_episodes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """
+    An untrained agent, "trained" with 7 steps and success at the last step. The protocol's horizon is the published one, for
+    which 3 steps stand in; the second of them succeeds for every other goal of reach.
+    """
+    protocols = sb3_mtrl.evaluate.PROTOCOLS
+    assert protocols[protocol].horizon == horizon
+    monkeypatch.setitem(protocols, protocol, replace(protocols[protocol], horizon=3))
+    env_id, tasks = "MetaWorld-Custom-v3", ["reach-v3", "door-close-v3"]
+    env_kwargs = {"tasks": tasks, "horizon": 7, "success": "last"}
+    model = MTSAC("MlpPolicy", make_multi_task_vec_env(env_id, 2, env_kwargs=env_kwargs), buffer_size=100, seed=0)
+    folder = tmp_path / "mtsac" / f"{env_id}_1"
+    (folder / env_id).mkdir(parents=True)
+    (folder / env_id / "config.yml").write_text("{}")
+    (folder / env_id / "args.yml").write_text(yaml.safe_dump({"env_kwargs": env_kwargs}))
+    model.save(folder / env_id)
+    model.save(folder / "best_model")
+    episodes: list[tuple[int, int]] = []
+    build, step = MetaWorldMultiTaskEnv._build, MetaWorldMultiTaskEnv.step
+
+    def build_with_known_success(self: MetaWorldMultiTaskEnv, task_name: str) -> Any:
+        env = build(self, task_name)
+        own_step = env.step
+
+        def known_step(action: np.ndarray) -> Any:
+            *rest, info = own_step(action)
+            return *rest, {**info, "success": float(self._elapsed_steps == 1 and task_name == "reach-v3" and self._goal % 2)}
+
+        env.step = known_step
+        return env
+
+    def noted_step(self: MetaWorldMultiTaskEnv, action: np.ndarray) -> Any:
+        result = step(self, action)
+        if result[3]:
+            assert self._elapsed_steps == 3
+            episodes.append((self.task_id, self._goal))
+        return result
+
+    monkeypatch.setattr(MetaWorldMultiTaskEnv, "_build", build_with_known_success)
+    monkeypatch.setattr(MetaWorldMultiTaskEnv, "step", noted_step)
+    flags = ["--load-best"] if protocol == "standard" else []
+    arguments = ["--algo", "mtsac", "--env", env_id, "-f", str(tmp_path), "--protocol", protocol, "--random-baseline", *flags]
+    sb3_mtrl.evaluate.main(arguments)
+
+    # The random policy, then the model: every goal of each task once, beginning with the first
+    once = [(task, goal) for task in range(2) for goal in range(n_episodes)]
+    assert len(episodes) == 2 * len(once)
+    assert sorted(episodes[: len(once)]) == sorted(episodes[len(once) :]) == once
+    name = f"{'best_model' if flags else env_id}.evaluation-{protocol}.json"
+    result = json.loads((folder / name).read_text())
+    assert (result["horizon"], result["episodes_per_task"], result["goals_per_task"]) == (3, n_episodes, 50)
+    for policy in (result, result["random_policy"]):
+        assert policy["mean_ep_length"] == 3
+        assert [policy["tasks"][task]["success_rate"] for task in tasks] == [0.5, 0.0]
+    assert result["goals_of_training"] is True and result["selected_on_these_goals"] is bool(flags)
+    printed = capsys.readouterr().out
+    assert "Note: the goals are those of the training" in printed
+    assert ("Note: the best model was chosen by its success on goals among these" in printed) is bool(flags)
 
 
 def test_saved_normalisation_is_used(logs: Path) -> None:

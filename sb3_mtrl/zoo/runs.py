@@ -24,6 +24,8 @@ from sb3_mtrl.zoo.algorithms import ALGORITHMS
 from sb3_mtrl.zoo.patches import TRAIN_FOLDER
 from sb3_mtrl.zoo.utils import TASK_ASSIGNMENT
 
+# RL Zoo's name for the best model of the evaluations
+BEST_MODEL = "best_model"
 VEC_ENVS: dict[str, type[DummyVecEnv] | type[SubprocVecEnv]] = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}
 
 
@@ -149,6 +151,29 @@ class TrainedRun:
         if not isinstance(env, MetaWorldMultiTaskEnv):
             return {}
         return {"goals": "fixed" if env.goals == "fixed" else "cycle", "success": "any"}
+
+    def compare_goals(self, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        What the agent has seen of the goals of an evaluation on Meta-World.
+
+        :param env_kwargs: Arguments of the environment, over those of the training
+        :return: ``goal_seed`` of the evaluation; ``goals_of_training``, whether its goals are among those that the training
+            draws from; ``selected_on_these_goals``, whether the model was chosen by evaluations on goals among these
+        """
+
+        def goals(*overrides: Mapping[str, Any]) -> tuple[int, bool]:
+            kwargs = {key: value for override in (self.env_kwargs, *overrides) for key, value in override.items()}
+            env: Any = gym.spec(self.env_id).make(**kwargs).unwrapped
+            return env.goal_seed, env.goals == "fixed"
+
+        seed, is_first_alone = goals(env_kwargs)
+        train_seed, trains_on_first_alone = goals()
+        selection_seed, _ = goals(self.train_args.get("eval_env_kwargs") or {})
+        return {
+            "goal_seed": seed,
+            "goals_of_training": seed == train_seed and (is_first_alone or not trains_on_first_alone),
+            "selected_on_these_goals": self.model_path.stem == BEST_MODEL and seed == selection_seed,
+        }
 
 
 def experiment_folder(folder: str | Path, algo: str, env_id: str, exp_id: int) -> Path:
