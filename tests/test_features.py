@@ -25,7 +25,12 @@ def test_table_of_a_model(tmp_path, monkeypatch, capsys):
     model.save(tmp_path / "model")
     features.main([str(tmp_path / "model.zip"), "--task-id", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7
-    spread, of_observation = (np.array(line.split()[-6:], dtype=float) for line in (lines[1], lines[2]))
+    assert len(lines) == 8 and lines[5] == "a success is within 5.0 cm of the goal: compare the norm"
+    spread, of_observation = (np.array(line.split()[-8:], dtype=float) for line in (lines[1], lines[2]))
     # The goal is part of the observation, of which ten unseen episodes show others
-    assert lines[2].startswith("error, from the observation itself") and (of_observation[:3] < 0.2 * spread[:3]).all()
+    assert lines[2].startswith("error, from the observation itself") and (of_observation[:4] < 0.2 * spread[:4]).all()
+
+
+def test_norm_of_an_error():
+    """Of errors (1, 2, 2) and (2, 3, 6): 3 and 7."""
+    assert features.with_norms(np.array([1.0, 2, 2, 2, 3, 6])).tolist() == [1, 2, 2, 3, 2, 3, 6, 7]
