@@ -230,7 +230,8 @@ def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     row = {"speed_ratio": 2.0, "ratio_quartiles": [1.5, 2.5]}
     conditions = {"update": {"machine": "a machine"}, "loop": {"machine": "another"}}
-    tables = {"update": {"a": row, "b": {"skipped": "why"}}, "loop": {"c": row}}
+    reference = {"speed_ratio": 1.0, "ratio_quartiles": [1.0, 1.0]}
+    tables = {"update": {"a": reference, "b": {"skipped": "why"}}, "loop": {"c": row, "d": reference}}
     run.plot({"conditions": conditions, **tables}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 

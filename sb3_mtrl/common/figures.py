@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 AXIS_LABELS = {"success": "success rate", "return": "mean return"}
 # So many runs are drawn one by one, too
 MAX_SINGLE_RUNS = 5
+# The interval of two runs is twelve times as wide as the two are apart: it would cover a whole panel
+MIN_BAND_RUNS = 3
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -244,8 +246,9 @@ def _draw_curve(axes: Any, runs: Sequence[RunHistory], metric: str, tasks: slice
     (line,) = axes.plot(steps, _mean_over_runs_and_tasks(scores), label=label, marker="." if len(steps) < 30 else None)
     if len(runs) == 1:
         return
-    low, high = interval_over_runs(scores, _mean_over_runs_and_tasks, metric, n_resamples)
-    axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    if len(runs) >= MIN_BAND_RUNS:
+        low, high = interval_over_runs(scores, _mean_over_runs_and_tasks, metric, n_resamples)
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     if len(runs) <= MAX_SINGLE_RUNS:
         for run in runs:  # each to its own end
             mean = run.scores(metric)[:, tasks].mean(axis=1)
@@ -254,7 +257,7 @@ def _draw_curve(axes: Any, runs: Sequence[RunHistory], metric: str, tasks: slice
 
 def _describe_curves(histories: Sequence[RunHistory]) -> str:
     n_episodes = lowest_episodes_per_task(histories)
-    has_bands = any(len(runs) > 1 for runs in group_by_method(histories).values())
+    has_bands = any(len(runs) >= MIN_BAND_RUNS for runs in group_by_method(histories).values())
     parts = [
         *([] if n_episodes is None else [f"{n_episodes} episode{'s' if n_episodes > 1 else ''} of each task per point"]),
         *(["bands: 95% intervals over runs"] if has_bands else []),
