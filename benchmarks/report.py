@@ -266,10 +266,10 @@ def over_seeds(values: np.ndarray, form: str) -> str:
     """
     :param values: A number of each seed
     :param form: How to show one
-    :return: Their mean, with the lowest and highest
+    :return: Their mean, with the lowest and highest where these differ
     """
-    mean = format(values.mean(), form)
-    return mean if len(values) == 1 else f"{mean} ({format(values.min(), form)} to {format(values.max(), form)})"
+    low, mean, high = (format(value, form) for value in (values.min(), values.mean(), values.max()))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def suite_runs(name: str) -> dict[str, list[RunHistory]]:

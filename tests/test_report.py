@@ -117,3 +117,4 @@ def test_updates_are_told_in_those_of_mtsac(monkeypatch: pytest.MonkeyPatch):
 def test_over_seeds():
     assert report.over_seeds(np.array([0.5]), ".0%") == "50%"
     assert report.over_seeds(np.array([0.25, 0.75, 0.5]), ".0%") == "50% (25% to 75%)"
+    assert report.over_seeds(np.array([1.0, 1.0, 0.999]), ".0%") == "100%"

@@ -403,7 +403,7 @@ def test_env_kwargs_of_the_file_reach_the_evaluation(tmp_path: Path, monkeypatch
         f"{ENV_ID}: {{policy: MlpPolicy, n_timesteps: 60, n_envs: 2, env_kwargs: {{horizon: 7}}, batch_size_per_task: 4}}"
     )
     output = zoo_train(
-        "--algo", "mtsac", *TINY_ENV, "-conf", "conf.yml", "--eval-freq", "30", "--n-eval-envs", "2",
+        "--algo", "mtsac", *TINY_ENV, "-conf", "conf.yml", "--eval-freq", "30", "--n-eval-envs", "2", "--eval-episodes", "5",
         "--eval-env-kwargs", "tolerance:100", "-params", "policy_kwargs:dict(net_arch=[8])",
     )  # fmt: skip
     folder = tmp_path / "logs" / "mtsac" / f"{ENV_ID}_1"
