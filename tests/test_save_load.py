@@ -1,6 +1,7 @@
 """Saving, loading, resuming and exporting with several tasks."""
 
 import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -183,6 +184,26 @@ def test_damaged_files_are_refused(algorithm, damage, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.zip"):
         algorithm.load(path, device="cpu")
+
+
+@pytest.mark.parametrize("as_file_object", [False, True])
+def test_a_damaged_weight_is_noticed_whatever_pytorch_reads(as_file_object, tmp_path, monkeypatch):
+    path = tmp_path / "model.zip"
+    make_model(MTSAC).save(path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        part = archive.getinfo("policy.pth")
+    content[part.header_offset + part.file_size // 2] ^= 0xFF
+    path.write_bytes(content)
+    seek = zipfile.ZipExtFile.seek
+
+    def seek_as_python_313(self, *args):
+        self._expected_crc = None
+        return seek(self, *args)
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "seek", seek_as_python_313)
+    with pytest.raises(ValueError, match=r"path must name a whole model file, got .*Bad CRC-32 for file 'policy.pth'"):
+        MTSAC.load(io.BytesIO(content) if as_file_object else path, device="cpu")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -38,7 +38,7 @@ from sb3_mtrl.common.checkpoint import find_checkpoint_callbacks
 from sb3_mtrl.common.cpu_tuning import bfloat16_probe, fast_matmul, learner_threads, tune_process
 from sb3_mtrl.common.policies import single_task_policy
 from sb3_mtrl.common.prioritized import SuccessWindows, TaskPrioritizedReplayBuffer
-from sb3_mtrl.common.safe_load import DAMAGE, read_bytes, replace_pickles, space_to_plain, train_freq_to_plain
+from sb3_mtrl.common.safe_load import DAMAGE, check_archive, read_bytes, replace_pickles, space_to_plain, train_freq_to_plain
 from sb3_mtrl.common.torch_layers import base_observation_space
 from sb3_mtrl.common.type_aliases import MultiTaskReplayBufferSamples, TaskLosses, UpdateGuard
 from sb3_mtrl.common.utils import (
@@ -1564,6 +1564,7 @@ class MTSAC(SAC):
             given = {**(custom_objects or {}), **kwargs}
             custom_objects = replace_pickles(shown_path, path, cls, given, env_spaces)
         try:
+            check_archive(path)
             data, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects)
         except DAMAGE as e:
             raise ValueError(
