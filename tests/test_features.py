@@ -7,15 +7,26 @@ from benchmarks.learning import features
 from sb3_mtrl import CMTASAC, make_multi_task_vec_env
 
 
-def test_errors_of_the_regression(monkeypatch):
+def test_errors_of_the_regression():
     """A linear function is read exactly; of noise nothing but its mean, so that the error is its standard deviation, 2."""
-    monkeypatch.setattr(features, "N_EPISODES", 100)
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(100 * features.N_STEPS, 3))
+    x = rng.normal(size=(4000, 3))
     values = np.column_stack([x @ [1.0, -2.0, 0.5] + 3.0, rng.normal(scale=2.0, size=len(x))])
-    linear, noise = features.read_error(x, values)
+    linear, noise = features.read_error(x, values, np.arange(len(x)) % 5 < 3)
     assert linear < 1e-3
     assert noise == pytest.approx(2.0, rel=0.05)
+
+
+def test_a_goal_that_is_recognised_is_not_read():
+    """
+    Features that tell which of 20 goals it is, and nothing of where it is: the error on goals that the regression does not
+    know is about their standard deviation, 1, however often each of them comes.
+    """
+    rng = np.random.default_rng(0)
+    goals, goal_ids = rng.normal(size=(20, 3)), rng.integers(20, size=2000)
+    is_train = features.split_by_goal(goals[goal_ids])
+    assert len(set(goal_ids[is_train])) == 12 and not set(goal_ids[is_train]) & set(goal_ids[~is_train])
+    assert 0.5 < features.read_error(np.eye(20)[goal_ids], goals[goal_ids], is_train).mean() < 2
 
 
 def test_table_of_a_model(tmp_path, monkeypatch, capsys):
@@ -27,7 +38,7 @@ def test_table_of_a_model(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and lines[5] == "a success is within 5.0 cm of the goal: compare the norm"
     spread, of_observation = (np.array(line.split()[-8:], dtype=float) for line in (lines[1], lines[2]))
-    # The goal is part of the observation, of which ten unseen episodes show others
+    # The goal is part of the observation, of which the test shows others
     assert lines[2].startswith("error, from the observation itself") and (of_observation[:4] < 0.2 * spread[:4]).all()
 
 

@@ -5,8 +5,9 @@ Do CMTA's features still tell where the goal is? A trained CMTASAC beside one wi
 
 Actor and critics see nothing but the features m that the encoder makes of an observation, and the critic loss alone trains it.
 A linear regression reads the position of the goal, and its offset from the gripper, from m on the first steps of many episodes
-of reach, and is tested on other episodes (other goals, mostly). A success is a gripper within 5 cm of the goal: compare that
-with the norm of the error over all three axes. An axis along which the goals spread less need not be read.
+of reach. It learns on the episodes of some goals and is tested on those of the others: there is no goal to recognise. A
+success is a gripper within 5 cm of the goal: compare that with the norm of the error over all three axes. An axis along which
+the goals spread less need not be read.
 """
 
 import argparse
@@ -52,18 +53,28 @@ def collect(model: CMTASAC, num_tasks: int, task_id: int) -> tuple[np.ndarray, n
     return np.stack(observations), np.stack(states)
 
 
-def read_error(features: np.ndarray, values: np.ndarray) -> np.ndarray:
+def split_by_goal(goals: np.ndarray) -> np.ndarray:
     """
-    :param features: ``(N, d)``, in the order of the episodes
+    :param goals: The goal at each step ``(N, 3)``
+    :return: Whether it is one of three fifths of the goals, drawn with a fixed seed, ``(N,)``
+    """
+    different, goal_ids = np.unique(goals, axis=0, return_inverse=True)
+    rank = np.random.default_rng(0).permutation(len(different))  # sorted, the others would lie to one side of these
+    return rank[goal_ids.ravel()] < 3 * len(different) // 5  # NumPy 2.0 returns a column
+
+
+def read_error(features: np.ndarray, values: np.ndarray, is_train: np.ndarray) -> np.ndarray:
+    """
+    :param features: ``(N, d)``
     :param values: What is to be read from them ``(N, n)``
-    :return: Root mean square error of ridge regression on the last two fifths, learned on the others, ``(n,)``
+    :param is_train: Which of them to learn on ``(N,)``, bool
+    :return: Root mean square error of ridge regression on the others ``(n,)``
     """
-    n_train = 3 * N_EPISODES // 5 * N_STEPS
-    mean, std = features[:n_train].mean(axis=0), features[:n_train].std(axis=0) + 1e-6
+    mean, std = features[is_train].mean(axis=0), features[is_train].std(axis=0) + 1e-6
     x = np.column_stack([(features - mean) / std, np.ones(len(features))])
-    gram = x[:n_train].T @ x[:n_train] + RIDGE * n_train * np.eye(x.shape[1])
-    predicted = x[n_train:] @ np.linalg.solve(gram, x[:n_train].T @ values[:n_train])
-    return np.sqrt(np.mean((predicted - values[n_train:]) ** 2, axis=0))
+    gram = x[is_train].T @ x[is_train] + RIDGE * is_train.sum() * np.eye(x.shape[1])
+    predicted = x[~is_train] @ np.linalg.solve(gram, x[is_train].T @ values[is_train])
+    return np.sqrt(np.mean((predicted - values[~is_train]) ** 2, axis=0))
 
 
 def with_norms(errors: np.ndarray) -> np.ndarray:
@@ -98,13 +109,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = CMTASAC.load(args.model, device="cpu")
     observations, states = collect(model, model.num_tasks, args.task_id)
     hand, goal = observations[:, HAND], observations[:, GOAL]
-    values = np.concatenate([goal, goal - hand], axis=1)
+    values, is_train = np.concatenate([goal, goal - hand], axis=1), split_by_goal(goal)
     new_policy = type(model.policy)(**model.policy._get_constructor_parameters())
     rows = {
         "spread (standard deviation)": values.std(axis=0),
-        "error, from the observation itself": read_error(observations[:, : GOAL.stop], values),
-        "error, from m of new networks": read_error(mixture(new_policy, observations, states), values),
-        "error, from m of the trained model": read_error(mixture(model.policy, observations, states), values),
+        "error, from the observation itself": read_error(observations[:, : GOAL.stop], values, is_train),
+        "error, from m of new networks": read_error(mixture(new_policy, observations, states), values, is_train),
+        "error, from m of the trained model": read_error(mixture(model.policy, observations, states), values, is_train),
     }
     names = [f"{what} {axis}" for what in ("goal", "goal - hand") for axis in (*"xyz", "norm")]
     print(f"{f'{TASK}, cm':<38}" + "".join(f"{name:>18}" for name in names))
