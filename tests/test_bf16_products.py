@@ -131,7 +131,7 @@ def history(method: str, seed: int, success: list[float], returns: list[float]) 
     """Two tasks at two evaluations; the second task has half of the first's scores."""
     shares = np.array([1.0, 0.5])
     return RunHistory(
-        method, bf16.ENV_ID, seed, ("a", "b"), np.array([10, 20]), np.outer(success, shares), np.outer(returns, shares)
+        method, bf16.ENV_ID, seed, ("a", "b"), np.array([8, 16]), np.outer(success, shares), np.outer(returns, shares)
     )
 
 
@@ -164,8 +164,9 @@ def test_only_missing_runs_are_made(tmp_path: Path, monkeypatch, capsys):
 
     monkeypatch.setattr(bf16, "train", train)
     monkeypatch.setattr(bf16, "arms_here", lambda: ("float32", "bfloat16 emulated"))
+    monkeypatch.setattr(bf16, "N_EVALUATIONS", 2)
     results = tmp_path / "bf16.csv"
-    arguments = ["--results", str(results), "--algorithms", "MTSAC", "--seeds"]
+    arguments = ["--results", str(results), "--algorithms", "MTSAC", "--steps", "16", "--seeds"]
     bf16.main([*arguments, "1"])
     bf16.main([*arguments, "2"])
     assert made == [("MTSAC", arm, seed) for seed in (0, 1) for arm in ("float32", "bfloat16 emulated")]
@@ -177,6 +178,22 @@ def test_only_missing_runs_are_made(tmp_path: Path, monkeypatch, capsys):
     assert "MTSAC, float32 (2 seeds)" in table and "45% [30%, 60%]" in table
     assert "MTSAC, success: bfloat16 minus float32, by seed +30%, +0%; seeds of one arm: up to 15% apart" in table
     assert len(made) == 4
+
+    table = results.read_text()
+    for steps in ("24", "40000"):
+        with pytest.raises(SystemExit):
+            bf16.main([*arguments, "3", "--steps", steps])
+        assert f"whose last evaluation is at step 16, got {steps}; --results OTHER.csv" in capsys.readouterr().err
+    bf16.main([*arguments, "2", "--steps", "24", "--plot-only"])
+    assert len(made) == 4 and results.read_text() == table
+
+
+def test_the_table_in_the_repository_can_be_gone_on_with():
+    """By the defaults: 40000 steps, eight evaluations."""
+    histories = bf16.read_histories(bf16.RESULTS)
+    assert histories
+    for run in histories:
+        assert run.timesteps.tolist() == bf16.evaluation_steps(40_000) == [5000 * n for n in range(1, 9)]
 
 
 @pytest.mark.parametrize("algorithm", list(bf16.ALGORITHMS))
@@ -190,5 +207,5 @@ def test_training_has_the_hyperparameters_of_the_zoo(algorithm, monkeypatch):
     (model,) = made
     assert (model.amp, model.batch_size, model.learning_rate, model.learning_starts) == ("none", 256, 1e-3, 1200)
     assert model.policy.net_arch == [128, 128]
-    assert run.timesteps.tolist() == [600] and run.method == f"{algorithm}, float32"
+    assert run.timesteps.tolist() == bf16.evaluation_steps(600) == [600] and run.method == f"{algorithm}, float32"
     assert run.scores("return").shape == (1, 4)

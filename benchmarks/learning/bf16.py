@@ -7,7 +7,7 @@ Four easy tasks, the hyperparameters that ``hyperparams/*.yml`` has for them, an
 evaluations with and without. On a CPU that does not multiply faster in bfloat16 than in float32, the arm "bfloat16 emulated"
 runs the same code, but for its products, which are float32's, rounded (``bf16_products.py``). That shows what rounding does
 to learning, and nothing of what bfloat16 does to speed. A finished run is a few lines of ``bf16.csv`` and is not repeated;
-``bf16.png`` shows them all. ``--results my_bf16.csv`` starts from nothing.
+``bf16.png`` shows them all. ``--results my_bf16.csv`` starts from nothing; a table holds runs of one ``--steps`` only.
 """
 
 import argparse
@@ -37,7 +37,10 @@ from sb3_mtrl.zoo.utils import hyperparams_path
 ENV_ID = "MetaWorld-Quickstart-v3"
 ALGORITHMS: dict[str, type[MTSAC]] = {"MTSAC": MTSAC, "PaCoSAC": PaCoSAC}
 ARMS = ("float32", "bfloat16", "bfloat16 emulated")
+N_ENVS = 4
 N_EVALUATIONS = 8
+# Of each task, in each evaluation; no option, as the table does not tell
+N_EVAL_EPISODES = 10
 RESULTS = Path(__file__).with_name("bf16.csv")
 
 
@@ -58,6 +61,23 @@ def arms_here() -> tuple[str, str]:
     return "float32", "bfloat16" if bfloat16_probe().speedup >= 1 else "bfloat16 emulated"
 
 
+def eval_freq(steps: int) -> int:
+    """
+    :param steps: Environment steps over all tasks
+    :return: Steps of all sub-environments between two evaluations
+    """
+    return max(1, steps // N_EVALUATIONS // N_ENVS)
+
+
+def evaluation_steps(steps: int) -> list[int]:
+    """
+    :param steps: Environment steps over all tasks
+    :return: Those after which a run is evaluated
+    """
+    n_steps_per_env = -(-steps // N_ENVS)
+    return [n * N_ENVS for n in range(eval_freq(steps), n_steps_per_env + 1, eval_freq(steps))]
+
+
 def train(algorithm: str, arm: str, seed: int, steps: int, n_eval_episodes_per_task: int) -> RunHistory:
     """
     :param algorithm: Name in ``ALGORITHMS``
@@ -67,8 +87,8 @@ def train(algorithm: str, arm: str, seed: int, steps: int, n_eval_episodes_per_t
     :param n_eval_episodes_per_task: Episodes of the deterministic policy in each evaluation
     :return: The evaluations
     """
-    env = make_multi_task_vec_env(ENV_ID, n_envs=4, seed=seed)
-    eval_env = make_multi_task_vec_env(ENV_ID, n_envs=4)
+    env = make_multi_task_vec_env(ENV_ID, n_envs=N_ENVS, seed=seed)
+    eval_env = make_multi_task_vec_env(ENV_ID, n_envs=N_ENVS)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "amp='bf16' makes training slower")
         with emulated_bf16_products() if arm == "bfloat16 emulated" else nullcontext():
@@ -82,7 +102,7 @@ def train(algorithm: str, arm: str, seed: int, steps: int, n_eval_episodes_per_t
             evaluations = MultiTaskEvalCallback(
                 eval_env,
                 n_eval_episodes=n_eval_episodes_per_task * model.num_tasks,
-                eval_freq=max(1, steps // N_EVALUATIONS // env.num_envs),
+                eval_freq=eval_freq(steps),
                 log_path=folder,
                 verbose=0,
             )
@@ -189,7 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40_000, help="environment steps (default: 40000)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
-    parser.add_argument("--eval-episodes", type=int, default=10, help="episodes per task and evaluation (default: 10)")
     parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS), help="default: all")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS.name} beside this file")
     parser.add_argument("--plot-only", action="store_true", help="show the runs that are there")
@@ -197,12 +216,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     th.set_num_threads(1)  # the networks are small
     arms = () if args.plot_only else arms_here()
     runs = [(algorithm, arm, seed) for seed in range(args.seeds) for algorithm in args.algorithms for arm in arms]
-    done = {(run.method, run.seed) for run in read_histories(args.results)}
+    known = read_histories(args.results)
+    other = {int(run.timesteps[-1]) for run in known if run.timesteps.tolist() != evaluation_steps(args.steps)}
+    if other and not args.plot_only:
+        parser.error(
+            f"argument --steps: must be that of the runs in {args.results}, whose last evaluation is at step "
+            f"{' or '.join(map(str, sorted(other)))}, got {args.steps}; --results OTHER.csv begins another table"
+        )
+    done = {(run.method, run.seed) for run in known}
     missing = [(algorithm, arm, seed) for algorithm, arm, seed in runs if (f"{algorithm}, {arm}", seed) not in done]
     tell_of_skipped(len(runs) - len(missing), args.results, "--results OTHER.csv")
     for algorithm, arm, seed in missing:
         start = time.process_time()
-        history = train(algorithm, arm, seed, args.steps, args.eval_episodes)
+        history = train(algorithm, arm, seed, args.steps, N_EVAL_EPISODES)
         append_results(args.results, history.rows())
         print(f"{history.method}, seed {seed}: {time.process_time() - start:.0f} s of CPU time", flush=True)
     histories = read_histories(args.results)
