@@ -34,6 +34,7 @@ def append_results(path: Path, rows: list[dict[str, Any]]) -> None:
     :param path: The results file, made if it is not there
     :param rows: Rows for its end, at least one, with the same columns
     :raises ValueError: if the file has other columns
+    :raises OSError: if the rows cannot be written; the file is as it was
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
@@ -43,8 +44,13 @@ def append_results(path: Path, rows: list[dict[str, Any]]) -> None:
     elif (columns := _columns(path)) != list(rows[0]):
         raise ValueError(f"{path} has the columns {', '.join(columns)}, the new rows have {', '.join(rows[0])}")
     writer.writerows(rows)
+    data = text.getvalue().encode()
     with path.open("ab", buffering=0) as file:
-        file.write(text.getvalue().encode())  # in one piece: a crash must not leave half of them
+        end = file.tell()
+        n_written = file.write(data)  # in one piece: a crash must not leave half of them
+        if n_written < len(data):
+            file.truncate(end)
+            raise OSError(f"{path}: {n_written} of {len(data)} bytes could be written, and were taken back (disk full?)")
 
 
 def _columns(path: Path) -> list[str]:
