@@ -1,13 +1,17 @@
 """The grid runner of ``benchmarks/learning``: commands, stop and resume, tables."""
 
 import contextlib
+import itertools
 import json
+import math
+import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from benchmarks.learning import gate_sharing, run
 from benchmarks.learning.results import append_results, locked, read_results
 from sb3_mtrl import PaCoSAC
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, evaluate_multi_task_policy
+from sb3_mtrl.common.results import read_progress, read_tidy_results
 from sb3_mtrl.common.utils import constructor_arguments
 from sb3_mtrl.evaluate import Protocol
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
@@ -130,16 +135,81 @@ def test_run_resumes_and_is_collected_once(presets: Path, monkeypatch: pytest.Mo
     assert {path: path.read_text() for path in results.glob("*.csv")} == tables
 
 
+def test_a_killed_run_goes_on_from_its_checkpoint(presets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at step 50, after the only checkpoint at 30, which is within the warm-up of 40."""
+    settings = {**PRESET, "steps": 80, "eval_freq": 40, "checkpoint_freq": 30, "methods": {"pacosac": {}}}
+    paco = run.Cell("tiny", "pacosac", 1, settings, presets.parent / "logs")
+    run.import_packages(PRESET["gym_packages"])
+
+    class Killed(run.ResumeCheckpointCallback):
+        def _on_step(self) -> bool:
+            goes_on = super()._on_step()
+            counts = {20: (2, 3), 50: (7, 9)}.get(self.num_timesteps)
+            if counts is not None:
+                self.model.dropped_updates[0], self.model.w_reset_callback.resets[1] = counts
+                self.model.dump_logs()
+            if self.num_timesteps == 50:
+                raise RuntimeError("killed")
+            return goes_on
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "ResumeCheckpointCallback", Killed)
+        patch.setattr(signal, "signal", lambda *_: None)  # no end of the training puts the handlers back
+        with pytest.raises(RuntimeError, match="killed"):
+            run.train(paco, "cpu")
+    assert read_progress(paco.run_folder, run.COUNTS)[0].tolist() == [20, 40, 50]
+    assert run.train(paco, "cpu")
+    steps, columns = read_progress(paco.run_folder, run.COUNTS)
+    assert steps.tolist() == [20, 40, 80]
+    assert np.nanmax(columns["train/dropped_updates"]) == 2 and np.nanmax(columns["train/w_resets"]) == 3
+    # One for each of 40 vector steps, but for the 20 of the warm-up
+    assert PaCoSAC.load(paco.run_folder / "PointTasks-v0.zip")._n_updates == 20
+    assert run.collect([paco], presets.parent / "results") == 1
+    (summary,) = read_results(presets.parent / "results" / "tiny_runs.csv")
+    assert (summary["dropped_updates"], summary["w_resets"]) == ("2", "3")
+
+
+def test_rows_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    def steps_in_files() -> dict[str, list[str]]:
+        return {path.name: path.read_text().split()[1:] for path in tmp_path.glob("*")}
+
+    for begun_at, rows in {"": "10 30 50", "_20": "30 50 70", "_60": "70 90", "_80": "90"}.items():
+        text = "\n".join(["time/total_timesteps", *rows.split()])
+        (tmp_path / f"progress{begun_at}.csv").write_text(f"{text}\n")
+    run.forget_lost_training(tmp_path, 60)
+    assert steps_in_files() == {"progress.csv": ["10", "30", "50"], "progress_20.csv": ["30", "50"]}
+    run.forget_lost_training(tmp_path, 30)
+    assert steps_in_files() == {"progress.csv": ["10", "30"], "progress_20.csv": ["30"]}
+    run.forget_lost_training(tmp_path, 0)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_last_count_counts(presets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that lost training left, later ones and (by a run that began anew beside it) those at the same step."""
+    item = cell(presets, "mtsac")
+    finish(item)
+    for name, rows in {"progress": "100,9\n240,7", "progress_0": "100,1\n240,3\n240,"}.items():
+        (item.run_folder / f"{name}.csv").write_text(f"time/total_timesteps,train/w_resets\n{rows}\n")
+    paths = [item.run_folder / f"progress{begun_at}.csv" for begun_at in ("_0", "")]
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(paths))  # as some file systems list them
+    assert run.collect([item], tmp_path / "results") == 1
+    (row,) = read_results(tmp_path / "results" / "tiny_runs.csv")
+    assert row["w_resets"] == "3"
+
+
+class Model:
+    """What a checkpoint asks of a model."""
+
+    num_timesteps = 5
+
+    def save(self, path: Path) -> None:
+        path.write_text("model")
+
+    def save_replay_buffer(self, path: Path) -> None:
+        path.write_text("buffer")
+
+
 def test_a_crash_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    class Model:
-        num_timesteps = 5
-
-        def save(self, path: Path) -> None:
-            path.write_text("model")
-
-        def save_replay_buffer(self, path: Path) -> None:
-            path.write_text("buffer")
-
     class Crashing(Model):
         def save_replay_buffer(self, path: Path) -> None:
             raise OSError("disk full")
@@ -161,6 +231,73 @@ def test_a_crash_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+@pytest.mark.parametrize("first_moment", range(10))
+def test_a_kill_at_any_moment_leaves_a_checkpoint(first_moment: int, tmp_path: Path) -> None:
+    """
+    Two processes in turn are killed before one of their operations on files (there are nine at most), or half through it if it
+    removes a folder.
+    """
+
+    class Killed(BaseException):
+        pass
+
+    def kill_at(moment: int, patch: pytest.MonkeyPatch) -> None:
+        operations = itertools.count()
+
+        def killing(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(path: Path, *args: Any, **kwargs: Any) -> Any:
+                if next(operations) == moment:
+                    if function is shutil.rmtree and path.exists():
+                        next(path.iterdir()).unlink()
+                    raise Killed
+                return function(path, *args, **kwargs)
+
+            return call
+
+        for owner, name in ((shutil, "rmtree"), (Path, "mkdir"), (Path, "write_text"), (Path, "rename")):
+            patch.setattr(owner, name, killing(getattr(owner, name)))
+
+    def save(folder: Path, step: int) -> None:
+        model = Model()
+        model.num_timesteps = step
+        run.save_checkpoint(model, folder, 0.0, [])
+
+    def saved_step(folder: Path) -> int:
+        checkpoint = run.find_checkpoint(folder)
+        assert sorted(path.name for path in checkpoint.iterdir()) == ["model.zip", "replay_buffer.pkl", "state.json"]
+        return json.loads((checkpoint / "state.json").read_text())["num_timesteps"]
+
+    for second_moment in range(10):
+        folder = tmp_path / str(second_moment)
+        save(folder, 1)
+        before = 1
+        for step, moment in ((2, first_moment), (3, second_moment)):
+            with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+                kill_at(moment, patch)
+                save(folder, step)
+            assert saved_step(folder) in (before, step)
+            before = saved_step(folder)
+        save(folder, 4)
+        assert saved_step(folder) == 4 and [path.name for path in folder.iterdir()] == ["checkpoint"]
+
+
+def test_a_file_is_written_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "finished.json"
+    write_text = Path.write_text
+
+    def write_half(self: Path, text: str) -> int:
+        write_text(self, text[: len(text) // 2])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="disk full"):
+        run.write_whole(path, "whole")
+    assert not path.exists()
+    monkeypatch.undo()
+    run.write_whole(path, "whole")
+    assert path.read_text() == "whole" and [*tmp_path.iterdir()] == [path]
+
+
 def finish(item: run.Cell, **more: Any) -> None:
     """Leave behind what a finished training does."""
     item.run_folder.mkdir(parents=True)
@@ -172,6 +309,30 @@ def finish(item: run.Cell, **more: Any) -> None:
     )  # fmt: skip
     final = {"tasks": {"point-0": {"success_rate": 0.5, "mean_reward": 1.0}}}
     (item.run_folder / "finished.json").write_text(json.dumps({"steps": 240, "seconds": 7, "final": final, **more}))
+
+
+def test_what_an_evaluation_does_not_know(presets: Path, tmp_path: Path) -> None:
+    item = cell(presets, "mtsac")
+    rows = {"point-0": {"success_rate": None, "mean_reward": 1.5}, "point-1": {"success_rate": None, "mean_reward": None}}
+    finish(item, final={"tasks": rows})
+    assert run.collect([item], tmp_path / "results") == 1
+    table = tmp_path / "results" / "tiny_final.csv"
+    assert [(row["success"], row["return"]) for row in read_results(table)] == [("nan", "1.5"), ("nan", "nan")]
+    (history,) = read_tidy_results(table)
+    assert not history.has_success and history.mean_returns[0, 0] == 1.5 and math.isnan(history.mean_returns[0, 1])
+
+
+def test_a_finished_run_is_not_trained_again(
+    presets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = []
+    monkeypatch.setattr(run, "train", lambda item, device: trained.append(item.method))
+    finished = cell(presets, "mtsac")
+    finish(finished)
+    run.main(arguments(presets, "--run", "mtsac", "1"))
+    assert not trained and f"{finished.run_folder} is finished: nothing to do" in capsys.readouterr().err
+    run.main(arguments(presets, "--run", "mtsac", "2"))
+    assert trained == ["mtsac"]
 
 
 @pytest.mark.parametrize(
@@ -266,6 +427,41 @@ def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has the columns method, seed, the new rows have method, seed, commit"):
         append_results(tmp_path / "table.csv", [{"method": "a", "seed": 2, "commit": "b"}])
     assert len(read_results(tmp_path / "table.csv")) == 1
+
+
+def test_rows_that_are_written_in_part_are_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    row = {"method": "a" * 100, "seed": 1}
+    append_results(path, [row])
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))  # as a full disk does
+        with pytest.raises(OSError, match=r"table.csv: 20 of 104 bytes could be written, and were taken back"):
+            append_results(path, [row])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    append_results(path, [row])
+    assert read_results(path) == [{"method": "a" * 100, "seed": "1"}] * 2
+
+
+def test_random_policy_of_two_processes(presets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.import_packages(PRESET["gym_packages"])
+    results = presets.parent / "results"
+    locked_files = []
+
+    @contextlib.contextmanager
+    def locked_second(path: Path) -> Iterator[None]:
+        locked_files.append(path.name)
+        monkeypatch.setattr(run, "locked", locked)
+        assert run.evaluate_random_policy("tiny", PRESET, results) == 2
+        with locked(path):
+            yield
+
+    monkeypatch.setattr(run, "locked", locked_second)
+    assert run.evaluate_random_policy("tiny", PRESET, results) == 0
+    assert locked_files == ["tiny_runs.csv"] and len(read_results(results / "tiny_final.csv")) == 2
 
 
 @pytest.mark.parametrize("protocol", [None, "paper"])

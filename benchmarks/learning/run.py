@@ -26,13 +26,15 @@ another machine: ``--results`` with a folder of your own repeats it.
 import argparse
 import fcntl
 import json
+import math
+import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +57,7 @@ from sb3_mtrl.common.vec_env import make_multi_task_vec_env
 from sb3_mtrl.evaluate import PROTOCOLS, evaluate_run
 from sb3_mtrl.zoo import register
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
+from sb3_mtrl.zoo.exp_manager import cut_table
 from sb3_mtrl.zoo.runs import find_run, import_packages
 from sb3_mtrl.zoo.utils import hyperparams_path
 
@@ -170,7 +173,7 @@ class ResumeCheckpointCallback(BaseCallback):
 
 def save_checkpoint(model: BaseAlgorithm, folder: Path, seconds: float, software: list[dict[str, str]]) -> None:
     """
-    Replace the checkpoint. A crash while it is written leaves the old one.
+    Replace the checkpoint. A crash at any time leaves one, the old or the new, where ``find_checkpoint`` looks.
 
     :param model: The model
     :param folder: Folder of the run
@@ -185,6 +188,7 @@ def save_checkpoint(model: BaseAlgorithm, folder: Path, seconds: float, software
     state = {"num_timesteps": model.num_timesteps, "seconds": seconds, "software": software}
     (new / "state.json").write_text(json.dumps(state))
     if current.exists():
+        shutil.rmtree(old, ignore_errors=True)  # there is one if a crash came before the last line, see below
         current.rename(old)
     new.rename(current)
     shutil.rmtree(old, ignore_errors=True)
@@ -196,6 +200,32 @@ def find_checkpoint(folder: Path) -> Path | None:
     :return: Folder of its checkpoint, the old one if a crash came between the two moves; None if there is none
     """
     return next((path for path in (folder / "checkpoint", folder / "checkpoint.old") if path.is_dir()), None)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """
+    Write a file that is there as a whole or not at all.
+
+    :param path: The file
+    :param text: What it is to hold
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def forget_lost_training(folder: Path, num_timesteps: int) -> None:
+    """
+    Take out of the tables of the logger what came after the checkpoint, which comes again: its counts are not of this run.
+
+    :param folder: Folder of a run
+    :param num_timesteps: Environment steps of its checkpoint, 0 if it begins anew
+    """
+    for path in folder.glob("progress*.csv"):
+        if int(path.stem.partition("_")[2] or 0) >= num_timesteps:
+            path.unlink()  # begun there or later
+        else:
+            cut_table(path, 1, lambda row: float(row.get("time/total_timesteps") or 0) <= num_timesteps)
 
 
 def describe_software() -> dict[str, str]:
@@ -271,6 +301,10 @@ def train(cell: Cell, device: str = "auto") -> bool:
     model, _ = manager.setup_experiment()
     if manager.normalize:
         raise ValueError(f"{cell.method}: normalize is not supported here, checkpoints do not hold its statistics")
+    if checkpoint is not None:
+        # The manager takes a replay buffer that is not empty for the end of the warm-up
+        model.learning_starts = manager._hyperparams["learning_starts"]
+    forget_lost_training(cell.run_folder, state["num_timesteps"])
     checkpoints = ResumeCheckpointCallback(cell.run_folder, settings["checkpoint_freq"], state["seconds"], software)
     for callback in manager.callbacks:
         # Evaluations are at the same steps in all runs
@@ -297,7 +331,7 @@ def train(cell: Cell, device: str = "auto") -> bool:
         "software": software,
         "final": result.to_dict(),
     }
-    (cell.run_folder / "finished.json").write_text(json.dumps(finished, indent=2) + "\n")
+    write_whole(cell.run_folder / "finished.json", json.dumps(finished, indent=2) + "\n")
     shutil.rmtree(cell.run_folder / "checkpoint", ignore_errors=True)
     return True
 
@@ -316,13 +350,8 @@ def collect(cells: Sequence[Cell], results: Path) -> int:
             continue
         finished = json.loads((cell.run_folder / "finished.json").read_text())
         key, steps = {"method": cell.method, "env": cell.env, "seed": cell.seed}, finished["steps"]
-        final = [
-            {**key, "step": steps, "task": task, "success": row["success_rate"], "return": round(row["mean_reward"], 3)}
-            for task, row in finished["final"]["tasks"].items()
-        ]
-        _, columns = read_progress(cell.run_folder, COUNTS)
-        # Rows of evaluations hold none
-        counts = {name.rpartition("/")[2]: int(np.nanmax(columns[name])) if name in columns else "" for name in COUNTS}
+        final = _final_rows({**key, "step": steps}, finished["final"])
+        counts = _last_counts(cell.run_folder)
         summary = {**key, "steps": steps, "seconds": finished["seconds"], **counts, **_join_software(finished)}
         runs_path = results / f"{cell.preset}_runs.csv"
         # The last of the three says that the run is in the tables: a crash may have left the others with it
@@ -333,6 +362,22 @@ def collect(cells: Sequence[Cell], results: Path) -> int:
                 if not holds_run(results / name, cell.method, cell.env, cell.seed):
                     append_results(results / name, rows)
     return n_added
+
+
+def _final_rows(key: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row per task of an evaluation's ``to_dict``, NaN for what it does not know."""
+    known = {
+        task: [math.nan if row[name] is None else row[name] for name in ("success_rate", "mean_reward")]
+        for task, row in evaluation["tasks"].items()
+    }
+    return [{**key, "task": task, "success": success, "return": round(reward, 3)} for task, (success, reward) in known.items()]
+
+
+def _last_counts(folder: Path) -> dict[str, int | str]:
+    """What the last row counts that counts at all, rows of evaluations do not; a run that goes on goes on counting."""
+    _, columns = read_progress(folder, COUNTS)
+    known = {name: values[np.isfinite(values)] for name, values in columns.items()}
+    return {name.rpartition("/")[2]: int(known[name][-1]) if name in known else "" for name in COUNTS}
 
 
 def _join_software(finished: dict[str, Any]) -> dict[str, str]:
@@ -367,11 +412,11 @@ def evaluate_random_policy(preset: str, settings: dict[str, Any], results: Path)
     policy = RandomPolicy(env.observation_space, env.action_space)
     evaluation = evaluate_multi_task_policy(policy, env, n_episodes, seed=DEFAULT_EVAL_SEED)
     env.close()
-    rows = [
-        {**key, "step": 0, "task": task, "success": row["success_rate"], "return": round(row["mean_reward"], 3)}
-        for task, row in evaluation.to_dict()["tasks"].items()
-    ]
-    append_results(path, rows)
+    rows = _final_rows({**key, "step": 0}, evaluation.to_dict())
+    with locked(results / f"{preset}_runs.csv"):  # as ``collect`` does
+        if holds_run(path, **key):
+            return 0
+        append_results(path, rows)
     return len(rows)
 
 
@@ -527,7 +572,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 sys.exit(f"another process trains {cell.run_folder}")
-            train(cell, args.device)
+            if cell.is_finished:
+                print(f"{cell.run_folder} is finished: nothing to do", file=sys.stderr)
+            else:
+                train(cell, args.device)
         return
     if args.random:
         n_rows = evaluate_random_policy(args.preset, settings, args.results)

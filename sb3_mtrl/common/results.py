@@ -387,7 +387,8 @@ def read_progress(folder: str | Path, prefixes: Sequence[str]) -> tuple[np.ndarr
     :return: Environment steps ``(rows,)``, and the values of each column that begins so ``(rows,)``, NaN where there is none
     :raises FileNotFoundError: if there is no such file
     """
-    paths = sorted(Path(folder).glob("progress*.csv"), key=lambda path: int("0" + re.sub(r"\D", "", path.stem)))
+    # progress.csv before progress_0.csv
+    paths = sorted(Path(folder).glob("progress*.csv"), key=lambda path: int(re.sub(r"\D", "", path.stem) or -1))
     if not paths:
         raise FileNotFoundError(f"no progress.csv in {folder}")
     rows: dict[int, dict[str, float]] = {}
