@@ -541,7 +541,7 @@ def test_refusals(more: list[str], message: str, presets: Path, capsys: pytest.C
 
 def test_presets_name_what_exists() -> None:
     presets = run.load_presets(run.HERE / "presets.yml")
-    assert set(presets) == {"cpu_suite", "clipping", "stability", "mt10", "mt50", "mt10_paper", "mt50_paper"}
+    assert set(presets) == {"cpu_suite", "clipping", "cmta_reach", "stability", "mt10", "mt50", "mt10_paper", "mt50_paper"}
     for name, settings in presets.items():
         for method, details in settings["methods"].items():
             item = run.Cell(name, method, 1, settings, Path("logs"))
