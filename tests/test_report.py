@@ -1,5 +1,6 @@
 """The documents' tables of measurements are those that the committed results give."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,10 @@ def test_cpu_suite_takes_means_over_seeds(tmp_path: Path, monkeypatch: pytest.Mo
         *("mtsac,E,1,9,a-v3,0.2,0", "mtsac,E,1,9,b-v3,1,0", "mtsac,E,2,9,a-v3,0.4,0", "mtsac,E,2,9,b-v3,0.4,0"),
     ]
     (tmp_path / "cpu_suite_final.csv").write_text(TIDY + "\n".join(finals) + "\n")
+    # A third run is still training
+    curves = ["mtsac,E,3,0,a-v3,1,6", "mtsac,E,3,0,b-v3,1,6"]
     # Of seven evaluations the last five count: 0, 0, 0, 0 and 1 in both tasks of seed 1, all 1 in those of seed 2
-    curves = [
+    curves += [
         f"mtsac,E,{seed},{step},{task}-v3,{float(seed == 2 or step in (0, 1, 6))},{seed * step}"
         for seed in (1, 2)
         for step in range(7)
@@ -112,6 +115,11 @@ def test_updates_are_told_in_those_of_mtsac(monkeypatch: pytest.MonkeyPatch):
     short = report.updates_in_short()
     assert cells(short, "PaCoSAC / CMTASAC") == ["6 / 6", "2.00 / 2.00"]
     assert cells(short, "TSACSAC / STARSSAC") == ["24 / 6", "0.50 / 2.00"]
+
+
+def test_rows_of_the_replay_table_name_their_clock():
+    rows = [line for line in report.replay().splitlines() if "000 rows" in line or "update_priorities" in line]
+    assert [re.search(r"\((\w+) time\) \|", row)[1] for row in rows] == ["wall", "wall", "CPU", "CPU", "CPU"]
 
 
 def test_over_seeds():
