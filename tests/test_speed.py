@@ -217,6 +217,17 @@ def test_results_are_written(monkeypatch, tmp_path, capsys):
     assert "--only must name sections of update, " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("only", [[], ["--only", "update", "loop_of_small_networks"]])
+def test_cpu_time_of_one_process_is_refused_for_whole_trainings(only, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run.Learners, "compare", lambda *args, **kwargs: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["run", "--clock", "process_time", *only, "--output", str(tmp_path / "results.json")])
+    with pytest.raises(SystemExit):
+        run.main()
+    error = " ".join(capsys.readouterr().err.split())
+    got = "loop_of_small_networks" if only else "loop, loop_of_small_networks"
+    assert f"--only must leave out loop, loop_of_small_networks, got {got}" in error
+
+
 def test_memory_counts_what_rows_take():
     # A million rows of float32. SB3's: twice 39 numbers and T tasks, 4 actions, reward, done and time limit (with one task 87
     # numbers); ours leave the tasks out, which belong to the ring of a row

@@ -4,8 +4,8 @@ Speed as ratios: ``python -m benchmarks.speed.run`` (``make bench``).
 The variants of a table take turns, each round in another order; a ratio is the median over the rounds of the first variant's
 time by this one's. Absolute times depend on the machine and on what else it does: quote the ratios. Other people's learners
 and ours run in processes of their own, so that what ``cpu_tuning`` sets helps ours only. With ``--cores 1 --clock
-process_time`` the figures of the learners hold even where other programs run. Sections of the output that are not measured
-stay as they are.
+process_time`` the figures of updates (``--only``) hold even where other programs run; this clock counts no time of worker
+processes, and is refused for whole trainings. Sections of the output that are not measured stay as they are.
 """
 
 import argparse
@@ -44,6 +44,9 @@ from sb3_mtrl.common.buffers import MultiTaskReplayBuffer
 from sb3_mtrl.common.cpu_tuning import bfloat16_probe
 from sb3_mtrl.common.vec_env import make_multi_task_vec_env
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
+
+# Sections of whole trainings, whose sub-environments may run in processes of their own
+LOOPS = ("loop", "loop_of_small_networks")
 
 
 class Learners:
@@ -354,6 +357,12 @@ def main() -> None:
     }
     if unknown := set(args.only or ()) - set(sections):
         parser.error(f"--only must name sections of {', '.join(sections)}, got {', '.join(sorted(unknown))}")
+    uncounted = [name for name in LOOPS if name in (args.only or sections)]
+    if args.clock == "process_time" and uncounted:
+        parser.error(
+            "--clock process_time leaves out the processes of the vector environments: --only must leave out "
+            f"{', '.join(LOOPS)}, got {', '.join(uncounted)}"
+        )
     cores = "all" if args.cores is None else args.cores
     print(f"sb3_mtrl {sb3_mtrl.__version__}: {machine_line()}; {cores} cores per learner, {args.rounds} rounds, {args.clock}")
     conditions = {
