@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from sb3_mtrl.common import callbacks
 from sb3_mtrl.common.callbacks import MultiTaskEvalCallback, TaskSuccessCallback, record_per_task
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation
+from sb3_mtrl.common.results import read_evaluations
 from tests.tiny_envs import PointTasksEnv
 
 HORIZON = 5
@@ -441,6 +442,23 @@ def test_continued_training_goes_on_in_its_record(tmp_path):
     assert on_new_best.n_calls == 0
     assert second.best_mean_reward == pytest.approx(first.best_mean_reward)
     assert second.best_success_rate == first.best_success_rate
+
+
+def test_rows_of_success_stay_with_their_evaluations(monkeypatch, tmp_path):
+    """Two evaluations tell nothing of success, one of the first two tasks alone, one of all."""
+    nan = float("nan")
+    unknown, partly, known = (make_evaluation(rates, 1.0) for rates in ([nan] * 3, [0.5, 1.0, nan], [0.0, 0.25, 1.0]))
+    script_evaluations(monkeypatch, unknown, unknown, partly, known, unknown)
+    model, _ = make_sac(make_env())
+    for n_evaluations in (3, 1, 1):
+        continue_training(tmp_path, model, 10 * n_evaluations, n_eval_episodes=12)
+    arrays = load_npz(tmp_path)
+    assert arrays["timesteps"].tolist() == [10, 20, 30, 40, 50]
+    expected = [[nan] * 3, [nan] * 3, [0.5, 1.0, nan], [0.0, 0.25, 1.0], [nan] * 3]
+    np.testing.assert_array_equal(arrays["task_success_rates"], expected)
+    np.testing.assert_array_equal(arrays["successes"].reshape(5, 3, 4).mean(axis=2), expected)
+    history = read_evaluations(tmp_path / "evaluations.npz", "sac", "Env-v0", 1)
+    np.testing.assert_array_equal(history.success_rates, expected)
 
 
 def test_best_score_counts_what_was_lost_with_a_crash(monkeypatch, tmp_path):

@@ -160,7 +160,8 @@ class MultiTaskEvalCallback(EvalCallback):
       ``eval/success_rate_worst_task``.
     * ``evaluations.npz`` holds what SB3 saves (``timesteps``, ``results``, ``ep_lengths``, ``successes``) and
       ``task_ids`` (of the columns of ``results``; task-major, the same column is the same start state in every row),
-      ``task_names``, ``task_mean_rewards`` and ``task_success_rates`` (evaluations, T).
+      ``task_names``, ``task_mean_rewards`` and ``task_success_rates`` (evaluations, T). Where only some episodes told of
+      success, ``successes`` and ``task_success_rates`` are NaN for the others; where none ever did, both are left out.
     * A training that is continued (``learn(reset_num_timesteps=False)``) with the same ``log_path`` goes on in the same
       file: evaluations up to the model's ``num_timesteps`` are kept, later ones (made between the
       checkpoint and a crash) are dropped, and only a model better than all in the file replaces ``best_model.zip``.
@@ -322,8 +323,12 @@ class MultiTaskEvalCallback(EvalCallback):
         self.evaluations_results.append(evaluation.rewards.tolist())
         self.evaluations_length.append(evaluation.lengths.tolist())
         self._task_mean_rewards.append(evaluation.mean_rewards.tolist())
-        if evaluation.has_success:
-            self.evaluations_successes.append(self._is_success_buffer)
+        if self.evaluations_successes or not np.isnan(evaluation.successes).all():
+            # A row for each evaluation, also for those that told nothing of success, or only of some episodes
+            n_missing = len(self.evaluations_timesteps) - 1 - len(self.evaluations_successes)
+            self.evaluations_successes += np.full((n_missing, len(evaluation.successes)), np.nan).tolist()
+            self._task_success_rates += np.full((n_missing, self.num_tasks), np.nan).tolist()
+            self.evaluations_successes.append(self._is_success_buffer or evaluation.successes.tolist())
             self._task_success_rates.append(evaluation.success_rates.tolist())
         self._save_evaluations(evaluation.task_ids)
 
