@@ -384,6 +384,20 @@ def test_interquartile_mean() -> None:
         interquartile_mean(np.array([]))
 
 
+def test_unknown_scores_are_no_good_scores() -> None:
+    scores = np.array([[0.1, 0.2], [0.3, 0.4], [0.5, np.nan]])
+    assert np.isnan(interquartile_mean(scores))
+    for bootstrap in (run_bootstrap, stratified_bootstrap):
+        # Two resamples may lack the unknown score
+        ends = [
+            bootstrap(scores, statistic, 2, seed=seed) for statistic in (np.mean, interquartile_mean) for seed in range(20)
+        ]
+        assert np.isnan(ends).all()
+        # Of a statistic for each task only that of the second is unknown
+        by_task = bootstrap(scores, lambda sample: sample.mean(axis=0))
+        assert np.isnan(by_task).tolist() == [[False, True]] * 2
+
+
 def test_stratified_bootstrap() -> None:
     generator = np.random.default_rng(3)
     # Tasks of very different levels: resampling within tasks leaves the levels out of the interval
@@ -535,6 +549,15 @@ def test_tidy_results_are_read_back(tmp_path: Path) -> None:
     path.write_text("method,seed\n")
     with pytest.raises(ValueError, match="lacks env, step, task, success, return"):
         read_tidy_results(path)
+
+
+def test_steps_that_do_not_rise_are_of_several_trainings(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"timesteps must rise, as in one training, got 100 after 100 "):
+        make_history("a", 1, [[0, 0]] * 2, steps=(100, 100))
+    path = tmp_path / "evaluations.npz"
+    np.savez(path, timesteps=[100, 200, 100, 200], results=np.zeros((4, 5)), ep_lengths=np.ones((4, 5)))
+    with pytest.raises(ValueError, match=rf"^{path}: timesteps must rise, as in one training, got 100 after 200 "):
+        read_evaluations(path, "sac", "Pendulum-v1", 1)
 
 
 def test_progress_of_a_continued_training(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class RunHistory:
     :param success_rates: Success rates ``(E, T)``, NaN where the environment tells nothing of success
     :param mean_returns: Mean returns ``(E, T)``
     :param episodes_per_task: Number of episodes behind each rate and return; None where it is not known
-    :raises ValueError: if the shapes do not fit or there is no evaluation
+    :raises ValueError: if the shapes do not fit, there is no evaluation, or the steps do not rise
     """
 
     method: str
@@ -56,6 +57,12 @@ class RunHistory:
                 raise ValueError(f"{name} must have the shape (evaluations, tasks) = {expected}, got {shape}")
         if 0 in expected:
             raise ValueError(f"a history must hold at least one evaluation of one task, got {expected}")
+        for before, after in pairwise(np.asarray(self.timesteps).tolist()):
+            if after <= before:
+                raise ValueError(
+                    f"timesteps must rise, as in one training, got {after} after {before} (a callback that is used for a "
+                    "second learn() from step 0 writes both trainings into one file)"
+                )
 
     @property
     def has_success(self) -> bool:
@@ -104,7 +111,7 @@ def read_evaluations(path: str | Path, method: str, env: str, seed: int) -> RunH
     :param env: Id of the environment
     :param seed: What tells the runs of this algorithm apart
     :return: The history
-    :raises ValueError: if the file holds no evaluations
+    :raises ValueError: if the file does not hold the evaluations of one training
     """
     try:
         with np.load(path) as file:
@@ -124,7 +131,10 @@ def read_evaluations(path: str | Path, method: str, env: str, seed: int) -> RunH
     if successes is None:
         successes = np.full(np.shape(returns), np.nan)
     successes = np.asarray(successes, dtype=np.float64)
-    return RunHistory(method, env, seed, task_names, timesteps, successes, np.asarray(returns), n_episodes)
+    try:
+        return RunHistory(method, env, seed, task_names, timesteps, successes, np.asarray(returns), n_episodes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_tidy_results(path: str | Path) -> list[RunHistory]:

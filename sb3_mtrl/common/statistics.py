@@ -15,12 +15,14 @@ def interquartile_mean(scores: np.ndarray) -> float:
     Paper: Deep Reinforcement Learning at the Edge of the Statistical Precipice, https://arxiv.org/abs/2108.13264.
 
     :param scores: Scores of any shape, at least one
-    :return: The interquartile mean
+    :return: The interquartile mean; NaN if a score is unknown (NaN)
     :raises ValueError: if there is no score
     """
     values = np.sort(np.asarray(scores, dtype=np.float64), axis=None)
     if len(values) == 0:
         raise ValueError("scores must hold at least one score, got none")
+    if np.isnan(values[-1]):  # sorted behind the best scores, it would be cut off
+        return float("nan")
     n_cut = len(values) // 4
     return float(values[n_cut : len(values) - n_cut].mean())
 
@@ -47,7 +49,7 @@ def run_bootstrap(
     :param confidence: Confidence level, in (0, 1)
     :param seed: Seed of the resampling: equal arguments give equal intervals
     :return: Lower and upper end, shape ``(2, ...)`` with the shape of the statistic; NaN for a single run, which says
-        nothing about others. The ends may lie outside the range of the scores
+        nothing about others, and where the statistic is NaN. The ends may lie outside the range of the scores
     :raises ValueError: if an argument is out of its range
     """
     scores = _check_bootstrap(scores, n_resamples, confidence)
@@ -84,18 +86,21 @@ def stratified_bootstrap(
     :param confidence: Confidence level, in (0, 1)
     :param seed: Seed of the resampling
     :return: Lower and upper end, shape ``(2, ...)`` with the shape of the statistic; NaN for a single run, which says
-        nothing about others
+        nothing about others, and where the statistic is NaN
     :raises ValueError: if an argument is out of its range
     """
     scores = _check_bootstrap(scores, n_resamples, confidence)
     n_runs, n_tasks = scores.shape[:2]
+    estimate = np.asarray(statistic(scores))
     if n_runs == 1:
-        return np.full((2, *np.shape(statistic(scores))), np.nan)
+        return np.full((2, *estimate.shape), np.nan)
     generator = np.random.default_rng(seed)
     tasks = np.arange(n_tasks)
     samples = [statistic(scores[generator.integers(n_runs, size=(n_runs, n_tasks)), tasks]) for _ in range(n_resamples)]
     tail = (1.0 - confidence) / 2
-    return np.quantile(np.stack(samples), [tail, 1.0 - tail], axis=0)
+    ends = np.quantile(np.stack(samples), [tail, 1.0 - tail], axis=0)
+    # Resamples may all lack the run with the unknown score
+    return np.where(np.isnan(estimate), np.nan, ends)
 
 
 def _check_bootstrap(scores: np.ndarray, n_resamples: int, confidence: float) -> np.ndarray:
