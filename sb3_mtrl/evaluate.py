@@ -14,6 +14,7 @@ their folders.
 
 import argparse
 import json
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from sb3_mtrl.common.callbacks import DEFAULT_EVAL_SEED
 from sb3_mtrl.common.evaluation import MultiTaskEvaluation, RandomPolicy, evaluate_multi_task_policy, format_task_table
 from sb3_mtrl.common.statistics import success_interval_over_runs
 from sb3_mtrl.common.utils import get_num_tasks
-from sb3_mtrl.zoo.runs import VEC_ENVS, TrainedRun, add_run_arguments, find_runs
+from sb3_mtrl.zoo.runs import VEC_ENVS, TrainedRun, add_run_arguments, find_runs, warn_of_equal_seeds
 
 DEFAULT_EPISODES_PER_TASK = 50
 # More tables side by side than this do not fit on a screen
@@ -173,14 +174,20 @@ def _default_episodes(protocol: str | None, n_goals: int | None) -> int:
 
 def aggregate_runs(results: Sequence[EvaluatedRun]) -> dict[str, Any]:
     """
-    What several runs say together; every run weighs the same.
+    What several runs say together; every run weighs the same. Those trained with the same seed are warned of.
 
-    :param results: At least one result, of the same tasks and numbers of episodes
+    :param results: At least one result, of different models, and of the same tasks and numbers of episodes
     :return: What was evaluated and how, number of runs, and for the mean of the tasks and each task: mean, sample standard
         deviation over the runs, lowest and highest success rate, 95 % interval (see ``success_interval_over_runs``); None
         stands for an unknown number
-    :raises ValueError: if they are of different tasks, or were not evaluated in the same way
+    :raises ValueError: if they are of different tasks, or were not evaluated in the same way, or two are of the same model
     """
+    models = [result.run.model_path.resolve() for result in results]
+    for model in models:
+        if models.count(model) > 1:
+            raise ValueError(
+                f"results must be of different models to be taken together, got {model} {models.count(model)} times"
+            )
     for name in COMMON_DETAILS:
         values = [result.details.get(name) for result in results]
         if any(value != values[0] for value in values):
@@ -192,16 +199,19 @@ def aggregate_runs(results: Sequence[EvaluatedRun]) -> dict[str, Any]:
     suites = sorted({", ".join(evaluation.task_names) for evaluation in evaluations})
     if len(suites) > 1:
         raise ValueError(f"experiments must have the same tasks to be taken together, got {' / '.join(suites)}")
+    exp_ids = [result.run.exp_id for result in results]
+    train_seeds = [result.details["train_seed"] for result in results]
+    warn_of_equal_seeds(exp_ids, train_seeds)
     n_episodes = int(evaluations[0].episode_counts[0])
     task_names = evaluations[0].task_names
     rates = np.stack([evaluation.success_rates for evaluation in evaluations])  # (runs, T)
     return {
         **{name: results[0].details[name] for name in COMMON_DETAILS if name in results[0].details},
         "runs": len(results),
-        "exp_ids": [result.run.exp_id for result in results],
+        "exp_ids": exp_ids,
         "models": [result.details["model"] for result in results],
         "num_timesteps": [result.details["num_timesteps"] for result in results],
-        "train_seeds": [result.details["train_seed"] for result in results],
+        "train_seeds": train_seeds,
         **_summarize(rates.mean(axis=1), n_episodes * len(task_names)),
         "tasks": {name: _summarize(rates[:, task], n_episodes) for task, name in enumerate(task_names)},
     }
@@ -276,6 +286,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"argument --protocol: {args.protocol} is about the final policy, leave out --load-...")
 
     results: list[EvaluatedRun] = []
+    failures: list[str] = []
+
+    def write(stem: Path, content: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+        path = _json_path(stem, args.protocol, details)
+        try:
+            path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        except OSError as error:  # what was evaluated is shown all the same
+            failures.append(f"Not written: {path}: {error.strerror}")
+        else:
+            print(f"Written: {path}")
+
     for index, run in enumerate(find_runs(parser, args, args.exp_id)):
         print(f"Loading {run.model_path}")
         try:
@@ -293,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError as error:
             parser.error(str(error))
         results.append(result)
-        print(f"Written: {_write_json(_json_path(run.model_path.with_suffix(''), args.protocol), result.to_dict())}")
+        write(run.model_path.with_suffix(""), result.to_dict(), result.details)
     aggregate: dict[str, Any] = {}
     if len(results) > 1:
         try:
@@ -307,7 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"Note: {note}")
     if aggregate:
         stem = Path(args.folder, args.algo, f"{EnvironmentName(args.env)}{_which_model(args)}")
-        print(f"Written: {_write_json(_json_path(stem, args.protocol), aggregate)}")
+        write(stem, aggregate, results[0].details)
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 def _which_model(args: argparse.Namespace) -> str:
@@ -343,13 +366,11 @@ def _format_runs(results: Sequence[EvaluatedRun]) -> str:
     return format_task_table(tables, confidence=0.95, show_reward=len(tables) <= 2)
 
 
-def _json_path(stem: Path, protocol: str | None) -> Path:
-    return stem.with_name(f"{stem.name}.evaluation{f'-{protocol}' if protocol else ''}.json")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    return path
+def _json_path(stem: Path, protocol: str | None, details: Mapping[str, Any]) -> Path:
+    settings = [protocol] if protocol else []
+    if details.get("goal_seed") != details.get("train_goal_seed"):
+        settings.append(f"goal_seed_{details['goal_seed']}")
+    return stem.with_name(f"{'-'.join([f'{stem.name}.evaluation', *settings])}.json")
 
 
 if __name__ == "__main__":

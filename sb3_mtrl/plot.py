@@ -55,7 +55,15 @@ from sb3_mtrl.common.results import (
 )
 from sb3_mtrl.zoo import register
 from sb3_mtrl.zoo.patches import TRAIN_FOLDER
-from sb3_mtrl.zoo.runs import TrainedRun, experiment_folder, find_experiments, find_run, import_packages
+from sb3_mtrl.zoo.runs import (
+    TrainedRun,
+    experiment_folder,
+    find_experiments,
+    find_run,
+    import_packages,
+    read_train_args,
+    warn_of_equal_seeds,
+)
 
 CURVE_FIGURES = ("curves", "tasks", "final")
 METHOD_FIGURES = ("w", "subspace", "gate", "training")
@@ -98,6 +106,14 @@ class Experiment:
         """Whether its training has written evaluations."""
         return (self.path / "evaluations.npz").is_file()
 
+    @property
+    def train_seed(self) -> int | None:
+        """Seed of its training; None where it is not known."""
+        try:
+            return read_train_args(self.path, self.env_id, safe=True).get("seed")
+        except ValueError:  # not worth running code that comes with the curves
+            return None
+
     def find_model(self) -> TrainedRun:
         """
         :return: The agent at the end of the training
@@ -108,18 +124,25 @@ class Experiment:
 
 def read_runs(folder: str, algos: Sequence[str], env_id: str, exp_ids: Sequence[int] | None) -> list[RunHistory]:
     """
+    Read the evaluations of several trainings. Those of one algorithm with the same seed are warned of.
+
     :param folder: Folder of all agents
     :param algos: Names of the algorithms in RL Zoo
     :param env_id: Id of the environment
     :param exp_ids: Numbers of the experiments of each algorithm; None: all that have evaluations
     :return: Their histories
     :raises FileNotFoundError: if an experiment or its evaluations are missing
+    :raises ValueError: if an algorithm or an experiment is named twice, or a file does not hold evaluations of one training
     """
+    for flag, names in (("--algo", algos), ("--exp-id", exp_ids or ())):
+        if len(set(names)) < len(names):
+            raise ValueError(f"{flag} must name each one once, got {' '.join(map(str, names))}")
     histories = []
     for algo in algos:
         known = [Experiment(folder, algo, env_id, exp_id) for exp_id in find_experiments(folder, algo, env_id)]
         evaluated = {experiment.exp_id: experiment for experiment in known if experiment.has_evaluations()}
-        for exp_id in evaluated if exp_ids is None else exp_ids:
+        chosen = list(evaluated) if exp_ids is None else exp_ids
+        for exp_id in chosen:
             if exp_id not in evaluated:
                 raise FileNotFoundError(
                     f"--exp-id {exp_id}: no evaluations.npz for --algo {algo} --env {env_id} in {folder} (there are "
@@ -131,6 +154,7 @@ def read_runs(folder: str, algos: Sequence[str], env_id: str, exp_ids: Sequence[
                 f"no experiment of --algo {algo} --env {env_id} in {folder} has an evaluations.npz; training writes it unless "
                 "--eval-freq is -1 (--figures training draws what was logged before the first evaluation)"
             )
+        warn_of_equal_seeds(chosen, [evaluated[exp_id].train_seed for exp_id in chosen])
     return histories
 
 

@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3.common.type_aliases import PolicyPredictor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, is_vecenv_wrapped
 
 from sb3_mtrl.common.callbacks import DEFAULT_EVAL_SEED
-from sb3_mtrl.common.utils import get_task_names
+from sb3_mtrl.common.utils import get_num_tasks, get_task_names
+from sb3_mtrl.common.vec_env import VecTaskAssignment
 from sb3_mtrl.zoo.runs import TrainedRun, add_run_arguments, find_runs
 
 FORMATS = (".mp4", ".gif")
@@ -131,6 +132,7 @@ def record_run(
     :param device: PyTorch device
     :return: Whether each task was solved
     :raises ImportError: if the package's extra ``video`` is not installed
+    :raises ValueError: if the environment has several tasks and cannot be told which one to play
     """
     try:
         import imageio.v2 as imageio
@@ -142,6 +144,11 @@ def record_run(
         kwargs.update(goal_list, camera_name=camera, render_size=cell_size)
     env = run.make_env(kwargs)
     try:
+        if get_num_tasks(env) > 1 and not is_vecenv_wrapped(env, VecTaskAssignment):
+            raise ValueError(
+                "the environment must have the method set_tasks(task_ids) for each cell to play a task of its own, "
+                f"{run.env_id} has not"
+            )
         model = run.load_model(device)
         task_names = get_task_names(env)
         n_columns = n_columns or int(np.ceil(np.sqrt(env.num_envs)))

@@ -1,5 +1,6 @@
 """From a trained agent to tables, pictures and videos: the commands ``sb3_mtrl.evaluate``, ``.plot`` and ``.record``."""
 
+import importlib
 import json
 import pickle
 import re
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from scipy import stats
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 
 import sb3_mtrl.evaluate
 import sb3_mtrl.plot
@@ -182,8 +183,9 @@ def test_experiments_evaluated_otherwise_are_not_taken_together(name: str, tmp_p
     evaluation = MultiTaskEvaluation(("a", "b"), np.array([0, 1]), np.zeros(2), np.ones(2, dtype=int), np.ones(2))
 
     def result(exp_id: int, value: int) -> sb3_mtrl.evaluate.EvaluatedRun:
-        run = TrainedRun("mtsac", "MetaWorld-MT3-v3", exp_id, tmp_path, tmp_path / "MetaWorld-MT3-v3.zip")
-        details = {"model": run.model_path.name, "num_timesteps": exp_id, "train_seed": 0, name: value}
+        folder = tmp_path / str(exp_id)
+        run = TrainedRun("mtsac", "MetaWorld-MT3-v3", exp_id, folder, folder / "MetaWorld-MT3-v3.zip")
+        details = {"model": run.model_path.name, "num_timesteps": exp_id, "train_seed": exp_id, name: value}
         return sb3_mtrl.evaluate.EvaluatedRun(run, evaluation, None, details)
 
     assert sb3_mtrl.evaluate.aggregate_runs([result(1, 150), result(2, 150)])["num_timesteps"] == [1, 2]
@@ -191,6 +193,43 @@ def test_experiments_evaluated_otherwise_are_not_taken_together(name: str, tmp_p
         ValueError, match=rf"the same {name} to be taken together, got 150 \(experiment 1\), 500 \(experiment 2\)"
     ):
         sb3_mtrl.evaluate.aggregate_runs([result(1, 150), result(2, 500)])
+
+
+def evaluated_run(folder: Path, exp_id: int, successes: list[float], seed: int | None) -> sb3_mtrl.evaluate.EvaluatedRun:
+    """Of two tasks, with as many episodes each."""
+    task_ids = np.repeat([0, 1], len(successes) // 2)
+    lengths = np.ones(len(successes), dtype=int)
+    evaluation = MultiTaskEvaluation(("a", "b"), task_ids, np.zeros(len(successes)), lengths, np.array(successes))
+    run = TrainedRun("mtsac", ENV_ID, exp_id, folder, folder / str(exp_id) / f"{ENV_ID}.zip")
+    return sb3_mtrl.evaluate.EvaluatedRun(
+        run, evaluation, None, {"model": f"{ENV_ID}.zip", "num_timesteps": 9, "train_seed": seed}
+    )
+
+
+def test_interval_of_the_mean_counts_the_episodes_of_all_tasks(tmp_path: Path) -> None:
+    results = [evaluated_run(tmp_path, exp_id, [1.0] * 6, exp_id) for exp_id in (1, 2)]
+    aggregate = sb3_mtrl.evaluate.aggregate_runs(results)
+    # No run or task differs. Wilson's interval of n successes in n episodes is [n / (n + z^2), 1], z = 1.959964
+    z_squared = 1.959964**2
+    assert aggregate["tasks"]["a"]["success_interval_95"] == pytest.approx([6 / (6 + z_squared), 1])
+    assert aggregate["success_interval_95"] == pytest.approx([12 / (12 + z_squared), 1])
+
+
+def test_a_model_is_one_run(tmp_path: Path) -> None:
+    result, other = (evaluated_run(tmp_path, exp_id, [0.0, 1.0], exp_id) for exp_id in (1, 2))
+    with pytest.raises(ValueError, match=rf"results must be of different models to be taken together, got .*1/{ENV_ID}.zip 2"):
+        sb3_mtrl.evaluate.aggregate_runs([result, other, result])
+
+
+def test_trainings_with_the_same_seed_are_warned_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    def warned(*seeds: int | None) -> list[str]:
+        recwarn.clear()
+        sb3_mtrl.evaluate.aggregate_runs([evaluated_run(tmp_path, i, [0.0, 1.0], seed) for i, seed in enumerate(seeds, 1)])
+        return [str(warning.message) for warning in recwarn]
+
+    assert warned(1, 2) == warned(None, None) == []
+    (message,) = warned(7, 1, 7)
+    assert message.startswith("the experiments 1, 3 were trained with the same seed (7): they are not independent")
 
 
 @pytest.mark.parametrize(
@@ -215,6 +254,7 @@ def test_which_goals_the_agent_knows(
         run = TrainedRun("mtsac", env_id, 1, tmp_path, tmp_path / f"{stem}.zip")
         known = run.compare_goals(evaluated)
         assert known["goal_seed"] == (evaluated or train.get("env_kwargs", {})).get("goal_seed", 0)
+        assert known["train_goal_seed"] == train.get("env_kwargs", {}).get("goal_seed", 0)
         assert known["goals_of_training"] is is_of_training
         assert known["selected_on_these_goals"] is (is_of_selection and stem == "best_model")
 
@@ -229,8 +269,9 @@ def test_evaluate_on_metaworld(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """
-    An untrained agent, "trained" with 7 steps and success at the last step. The protocol's horizon is the published one, for
-    which 3 steps stand in; the second of them succeeds for every other goal of reach.
+    An untrained agent, "trained" with 7 steps and success at the last step, and for the paper's protocol with another wrapper
+    than ``VecTaskAssignment``. The protocol's horizon is the published one, for which 3 steps stand in; the second of them
+    succeeds for every other goal of reach.
     """
     protocols = sb3_mtrl.evaluate.PROTOCOLS
     assert protocols[protocol].horizon == horizon
@@ -240,7 +281,8 @@ def test_evaluate_on_metaworld(
     model = MTSAC("MlpPolicy", make_multi_task_vec_env(env_id, 2, env_kwargs=env_kwargs), buffer_size=100, seed=0)
     folder = tmp_path / "mtsac" / f"{env_id}_1"
     (folder / env_id).mkdir(parents=True)
-    (folder / env_id / "config.yml").write_text("{}")
+    wrappers = {"paper": {"vec_env_wrapper": "stable_baselines3.common.vec_env.VecCheckNan"}}
+    (folder / env_id / "config.yml").write_text(yaml.safe_dump(wrappers.get(protocol, {})))
     (folder / env_id / "args.yml").write_text(yaml.safe_dump({"env_kwargs": env_kwargs}))
     model.save(folder / env_id)
     model.save(folder / "best_model")
@@ -295,6 +337,24 @@ def test_saved_normalisation_is_used(logs: Path) -> None:
     env.close()
 
 
+@pytest.mark.parametrize("wrappers", [None, ["VecCheckNan"], ["VecTaskAssignment", "VecCheckNan"]])
+def test_every_task_is_played_by_one_sub_environment(wrappers: list[str] | None, tmp_path: Path) -> None:
+    """Whatever wrappers the training had."""
+    importlib.import_module("tests.tiny_zoo_envs")
+    modules = {"VecCheckNan": "stable_baselines3.common.vec_env", "VecTaskAssignment": "sb3_mtrl.common.vec_env"}
+    (tmp_path / ENV_ID).mkdir()
+    names = wrappers and [f"{modules[name]}.{name}" for name in wrappers]
+    (tmp_path / ENV_ID / "config.yml").write_text(yaml.safe_dump({"vec_env_wrapper": names}))
+    env = TrainedRun("mtsac", ENV_ID, 1, tmp_path, tmp_path / "model.zip").make_env()
+    assert env.get_attr("assigned_tasks") == [(0,), (1,), (2,)]
+    found = []
+    while isinstance(env, VecEnvWrapper):
+        found.append(type(env).__name__)
+        env = env.venv
+    assert sorted(found) == sorted({*(wrappers or []), "VecTaskAssignment"})
+    env.close()
+
+
 def test_recurrent_policy(logs: Path) -> None:
     command(sb3_mtrl.evaluate, "cmtasac", logs, "--episodes-per-task", "2")
     result = json.loads((logs / "cmtasac" / f"{ENV_ID}_1" / f"{ENV_ID}.evaluation.json").read_text())
@@ -316,6 +376,32 @@ def test_recurrent_policy(logs: Path) -> None:
     assert [result["tasks"][task]["mean_reward"] for task in TASKS] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
+def test_what_cannot_be_written_is_shown(logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for exp_id in (1, 2):
+        shutil.copytree(logs / "mtsac" / f"{ENV_ID}_{exp_id}", tmp_path / "mtsac" / f"{ENV_ID}_{exp_id}")
+    # Nobody, root included, can write a file where a folder is
+    blocked = [tmp_path / "mtsac" / name / f"{ENV_ID}.evaluation.json" for name in (f"{ENV_ID}_1", "")]
+    for path in blocked:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    with pytest.raises(SystemExit) as stop:
+        command(sb3_mtrl.evaluate, "mtsac", tmp_path, "--exp-id", "1", "2", "--episodes-per-task", "1")
+    assert stop.value.code == "\n".join(f"Not written: {path}: Is a directory" for path in blocked)
+    output = capsys.readouterr().out
+    assert "episodes per task: 1" in output and "2 runs (experiment 1: " in output
+    assert f"Written: {tmp_path / 'mtsac' / f'{ENV_ID}_2'}" in output
+
+
+def test_other_goals_are_written_to_another_file(tmp_path: Path) -> None:
+    def name(protocol: str | None, goal_seed: int, train_goal_seed: int) -> str:
+        details = {"goal_seed": goal_seed, "train_goal_seed": train_goal_seed}
+        return sb3_mtrl.evaluate._json_path(tmp_path / "model", protocol, details).name
+
+    assert name(None, 0, 0) == name(None, 1, 1) == "model.evaluation.json"
+    assert name(None, 1, 0) == "model.evaluation-goal_seed_1.json"
+    assert name("paper", 0, 1) == "model.evaluation-paper-goal_seed_0.json"
+
+
 @pytest.mark.parametrize("flags", [["--load-best"], ["--load-last-checkpoint"], ["--load-checkpoint", "120"]])
 def test_which_model(flags: list[str], logs: Path) -> None:
     command(sb3_mtrl.evaluate, "pacosac", logs, "--episodes-per-task", "1", *flags)
@@ -329,6 +415,8 @@ def test_which_model(flags: list[str], logs: Path) -> None:
     [
         (["-f", "nowhere"], "-f/--folder must be a folder with agents of --algo mtsac, but nowhere/mtsac does not exist"),
         (["--exp-id", "7"], "--exp-id must be one of 1, 2 .* got 7"),
+        (["--exp-id", "0", "2"], r"argument --exp-id: must name each experiment once .* got 0 2, which are .* 2, 2$"),
+        (["--exp-id", "1", "2", "1"], "argument --exp-id: must name each experiment once .* got 1 2 1"),
         (["--env", "Pendulum-v1"], f"no experiment for --env Pendulum-v1 .*there are: {ENV_ID}"),
         (["--env", "Pendulum-v77"], "argument --env: Pendulum-v77 is no registered environment"),
         (["--load-checkpoint", "7"], "No model found for mtsac .*rl_model_7_steps.zip"),
@@ -639,6 +727,13 @@ def test_plot_of_a_training_that_goes_on(logs: Path, tmp_path: Path, capsys: pyt
     assert draw("training", "--exp-id", "2", "--figures", "training")[1] == {"pacosac_training"}
 
 
+def test_curves_of_the_same_seed_are_warned_of(logs: Path, tmp_path: Path) -> None:
+    for exp_id in (1, 2):
+        shutil.copytree(logs / "pacosac" / f"{ENV_ID}_1", tmp_path / "pacosac" / f"{ENV_ID}_{exp_id}")
+    with pytest.warns(UserWarning, match=r"the experiments 1, 2 were trained with the same seed \(3\)"):
+        sb3_mtrl.plot.read_runs(str(tmp_path), ["pacosac"], ENV_ID, None)
+
+
 def test_plot_leaves_out_short_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     table = tmp_path / "results.csv"
@@ -719,6 +814,8 @@ def test_plot_from_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["--results", "x.csv"], "argument --results: there is no file x.csv"),
         (["--algo", "mtsac", "--env", ENV_ID, "-f", "nowhere"], "-f/--folder must be a folder .* nowhere/mtsac"),
         (["--algo", "mtsac", "--env", ENV_ID, "--exp-id", "9"], "--exp-id 9: no evaluations.npz"),
+        (["--algo", "mtsac", "mtsac", "--env", ENV_ID], "--algo must name each one once, got mtsac mtsac"),
+        (["--algo", "mtsac", "--env", ENV_ID, "--exp-id", "1", "1"], "--exp-id must name each one once, got 1 1"),
         (["--algo", "mtsac", "--env", ENV_ID, "--subspace-samples", "1"], "--subspace-samples: must be at least 2, got 1"),
     ],
 )
@@ -792,6 +889,25 @@ def test_record_writes_a_video(suffix: str, logs: Path, tmp_path: Path, capsys: 
     assert frames[0].shape == (2 * (48 + 16), 2 * 48, 3)
     # The tasks' green, up to compression
     assert [round(int(frames[1][y, x, 1]) / 100) for y, x in ((40, 24), (40, 72), (104, 24))] == [0, 1, 2]
+
+
+def test_cells_need_tasks_that_can_be_set(tmp_path: Path) -> None:
+    pytest.importorskip("imageio.v2")
+    importlib.import_module("tests.tiny_zoo_envs")
+
+    class OwnChoiceEnv(PaintedPointEnv):
+        """Visits the tasks as it likes."""
+
+        @property
+        def set_tasks(self) -> Any:
+            raise AttributeError
+
+    (tmp_path / ENV_ID).mkdir()
+    (tmp_path / ENV_ID / "config.yml").write_text("{}")
+    run = TrainedRun("mtsac", ENV_ID, 1, tmp_path, tmp_path / "model.zip")
+    message = rf"must have the method set_tasks\(task_ids\) for each cell to play a task of its own, {ENV_ID} has not"
+    with mock.patch.object(gym.spec(ENV_ID), "entry_point", OwnChoiceEnv), pytest.raises(ValueError, match=message):
+        sb3_mtrl.record.record_run(run, tmp_path / "grid.gif")
 
 
 @pytest.mark.parametrize(

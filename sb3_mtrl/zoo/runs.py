@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch as th
 import yaml
 from rl_zoo3.utils import EnvironmentName
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, is_vecenv_wrapped
 
 from sb3_mtrl.common.safe_load import MALFORMED
 from sb3_mtrl.common.utils import check_that
-from sb3_mtrl.common.vec_env import preload_worker_imports
+from sb3_mtrl.common.vec_env import VecTaskAssignment, preload_worker_imports
 from sb3_mtrl.envs import MetaWorldMultiTaskEnv
 from sb3_mtrl.zoo import register
 from sb3_mtrl.zoo.algorithms import ALGORITHMS
@@ -53,7 +54,7 @@ class TrainedRun:
     @property
     def train_args(self) -> dict[str, Any]:
         """The command line of the training, as it was saved; empty if it was not."""
-        return _read_yaml(self.folder / EnvironmentName(self.env_id) / "args.yml", self.safe)
+        return read_train_args(self.folder, self.env_id, self.safe)
 
     @property
     def env_kwargs(self) -> dict[str, Any]:
@@ -94,7 +95,8 @@ class TrainedRun:
         :param n_envs: Number of sub-environments, at least 1; None: one per task
         :param vec_env: "dummy" or "subproc"
         :param seed: Seed of the first reset
-        :return: The vector environment; tasks are shared out to the sub-environments
+        :return: The vector environment; tasks are shared out to the sub-environments (of one per task, the i-th plays task i)
+            if these have ``set_tasks``, whatever wrappers the training had
         """
         from rl_zoo3.utils import create_test_env, get_saved_hyperparams
 
@@ -112,8 +114,9 @@ class TrainedRun:
         else:
             hyperparams, stats_path = get_saved_hyperparams(str(settings_folder), test_mode=True)
         hyperparams.pop("env_kwargs", None)
-        if shares_tasks:
-            hyperparams.setdefault("vec_env_wrapper", TASK_ASSIGNMENT)
+        wrappers = hyperparams.pop("vec_env_wrapper", None) or (TASK_ASSIGNMENT if shares_tasks else None)
+        if wrappers is not None:  # RL Zoo fails at a None
+            hyperparams["vec_env_wrapper"] = wrappers
         if vec_env == "subproc":
             preload_worker_imports()
         venv = create_test_env(
@@ -127,7 +130,11 @@ class TrainedRun:
             vec_env_cls=VEC_ENVS[vec_env],
         )
         # Its table, printed on closing, is for enjoy
-        return venv.venv if isinstance(venv, VecTaskReport) else venv
+        venv = venv.venv if isinstance(venv, VecTaskReport) else venv
+        if shares_tasks and not is_vecenv_wrapped(venv, VecTaskAssignment):
+            # Each sub-environment would visit all tasks, and begin each one's list of goals anew
+            venv = VecTaskAssignment(venv)
+        return venv
 
     def _check_settings(self, folder: Path) -> None:
         """Refuse what would have to be unpickled or imported to make the environment of the training."""
@@ -157,8 +164,9 @@ class TrainedRun:
         What the agent has seen of the goals of an evaluation on Meta-World.
 
         :param env_kwargs: Arguments of the environment, over those of the training
-        :return: ``goal_seed`` of the evaluation; ``goals_of_training``, whether its goals are among those that the training
-            draws from; ``selected_on_these_goals``, whether the model was chosen by evaluations on goals among these
+        :return: ``goal_seed`` of the evaluation; ``train_goal_seed``, that of the training; ``goals_of_training``, whether the
+            goals of the evaluation are among those that the training draws from; ``selected_on_these_goals``, whether the
+            model was chosen by evaluations on goals among these
         """
 
         def goals(*overrides: Mapping[str, Any]) -> tuple[int, bool]:
@@ -171,9 +179,39 @@ class TrainedRun:
         selection_seed, _ = goals(self.train_args.get("eval_env_kwargs") or {})
         return {
             "goal_seed": seed,
+            "train_goal_seed": train_seed,
             "goals_of_training": seed == train_seed and (is_first_alone or not trains_on_first_alone),
             "selected_on_these_goals": self.model_path.stem == BEST_MODEL and seed == selection_seed,
         }
+
+
+def read_train_args(folder: Path, env_id: str, safe: bool = False) -> dict[str, Any]:
+    """
+    :param folder: Folder of the experiment
+    :param env_id: Id of the environment
+    :param safe: Whether to read plain values only
+    :return: The command line of the training, as it was saved; empty if it was not
+    :raises ValueError: if ``safe`` refuses something
+    """
+    return _read_yaml(folder / EnvironmentName(env_id) / "args.yml", safe)
+
+
+def warn_of_equal_seeds(exp_ids: Sequence[int], seeds: Sequence[int | None]) -> None:
+    """
+    Warn of trainings of one method with the same seed: they are no independent runs.
+
+    :param exp_ids: Numbers of the experiments
+    :param seeds: Seed of the training of each; None where it is not known
+    """
+    for seed in sorted({seed for seed in seeds if seed is not None}):
+        same = [str(exp_id) for exp_id, other in zip(exp_ids, seeds, strict=True) if other == seed]
+        if len(same) > 1:
+            warnings.warn(
+                f"the experiments {', '.join(same)} were trained with the same seed ({seed}): they are not independent, and "
+                "intervals over them are too narrow",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def experiment_folder(folder: str | Path, algo: str, env_id: str, exp_id: int) -> Path:
@@ -292,7 +330,7 @@ def import_packages(modules: Sequence[str]) -> None:
 
 def find_runs(parser: argparse.ArgumentParser, args: argparse.Namespace, exp_ids: Sequence[int]) -> list[TrainedRun]:
     """
-    The runs that a command line names. What is missing ends the program with a message.
+    The runs that a command line names. What is missing or named twice ends the program with a message.
 
     :param parser: The parser
     :param args: What it parsed, with the arguments of ``add_run_arguments``
@@ -308,9 +346,16 @@ def find_runs(parser: argparse.ArgumentParser, args: argparse.Namespace, exp_ids
         )
     flags = (args.load_best, args.load_checkpoint, args.load_last_checkpoint, args.safe)
     try:
-        return [find_run(args.folder, args.algo, args.env, exp_id, *flags) for exp_id in exp_ids]
+        runs = [find_run(args.folder, args.algo, args.env, exp_id, *flags) for exp_id in exp_ids]
     except FileNotFoundError as error:
         parser.error(str(error))
+    found = [run.exp_id for run in runs]
+    if len(set(found)) < len(found):
+        parser.error(
+            f"argument --exp-id: must name each experiment once (0 is the latest), got {' '.join(map(str, exp_ids))}, which "
+            f"are the experiments {', '.join(map(str, found))}"
+        )
+    return runs
 
 
 class PlainLoader(yaml.SafeLoader):
