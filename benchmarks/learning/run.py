@@ -377,7 +377,7 @@ def _last_counts(folder: Path) -> dict[str, int | str]:
     """What the last row counts that counts at all, rows of evaluations do not; a run that goes on goes on counting."""
     _, columns = read_progress(folder, COUNTS)
     known = {name: values[np.isfinite(values)] for name, values in columns.items()}
-    return {name.rpartition("/")[2]: int(known[name][-1]) if name in known else "" for name in COUNTS}
+    return {name.rpartition("/")[2]: int(known[name][-1]) if len(known.get(name, ())) else "" for name in COUNTS}
 
 
 def _join_software(finished: dict[str, Any]) -> dict[str, str]:
