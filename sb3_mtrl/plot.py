@@ -185,9 +185,12 @@ def draw_curves(histories: Sequence[RunHistory], figures: Sequence[str], metric:
     :param metric: "success" or "return"; None: success where the environment tells of it
     :param output: Folder
     :return: The files
+    :raises ValueError: for the metric "success" if no evaluation tells of it
     """
     if metric is None:
         metric = "success" if all(history.has_success for history in histories) else "return"
+    if metric == "success" and all(np.isnan(history.success_rates).all() for history in histories):
+        raise ValueError("--metric must be return for these runs, got success (none of their evaluations tells of it)")
     finals = [final_scores(runs, metric) for runs in group_by_method(histories).values()]
     print(format_final_table(finals, metric))
     for note in notes_on_final_scores(histories, finals):

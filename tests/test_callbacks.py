@@ -487,6 +487,10 @@ def test_record_that_does_not_fit_is_refused(tmp_path):
     continue_training(tmp_path, model, 10)
     with pytest.raises(ValueError, match=r"3 episodes .* 6 episodes .* choose another log_path"):
         continue_training(tmp_path, model, 10, n_eval_episodes=6)
+    arrays = load_npz(tmp_path)
+    np.savez(tmp_path / "evaluations.npz", **arrays | {"ep_lengths": arrays["ep_lengths"][:0]})
+    with pytest.raises(ValueError, match=r"a row for each evaluation .* 'ep_lengths': 0, .* choose another log_path"):
+        continue_training(tmp_path, model, 10)
     (tmp_path / "evaluations.npz").write_bytes(b"PK damaged")
     with pytest.raises(ValueError, match="does not hold the evaluations"):
         continue_training(tmp_path, model, 10)

@@ -806,6 +806,22 @@ def test_plot_from_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert_pictures(tmp_path / "plots", {"curves", "tasks", "final"})
 
 
+def test_plot_of_runs_of_which_not_all_tell_of_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    table = tmp_path / "results.csv"
+    arguments = ["--results", str(table), "-o", str(tmp_path / "plots"), "--figures", "final", "--metric", "success"]
+    append_results(table, make_history("b", 1, [[np.nan, np.nan], [np.nan, np.nan]]).rows())
+    with pytest.raises(SystemExit):
+        sb3_mtrl.plot.main(arguments)
+    assert re.search("--metric must be return for these runs, got success", capsys.readouterr().err)
+    append_results(table, make_history("a", 1, [[0.0, 0.5], [0.5, 1.0]]).rows())
+    sb3_mtrl.plot.main(arguments)
+    printed = capsys.readouterr().out
+    assert re.search(r"^a +1 +20 +\? +75%", printed, re.M)
+    assert re.search(r"^b +1 +20 +\? +- ", printed, re.M)
+    assert "nan" not in printed
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"a success is within {100 * SUCCESS_RADIUS:.1f} cm of the goal: compare the norm")
     for name, policy in (("new", new_policy), ("trained", model.policy)):
         with th.no_grad():
-            hidden = policy.critic.encoder.experts._last_hidden(th.as_tensor(observations[:, : GOAL.stop]), False)
+            hidden = policy.critic.encoder.experts.last_hidden(th.as_tensor(observations[:, : GOAL.stop]))
         shares = ", ".join(f"{share:.0%}" for share in (hidden <= 0).all(dim=1).float().mean(dim=1).tolist())
         print(f"hidden units of each expert that no observation activates, {name}: {shares}")
 

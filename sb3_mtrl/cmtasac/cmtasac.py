@@ -422,12 +422,6 @@ class CMTASAC(MTSAC):
         polyak_update_(critic.encoder_parameters(), target.encoder_parameters(), self.encoder_tau)
         polyak_update_(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
-    def _shared_optimizers(self) -> list[th.optim.Optimizer]:
-        return [self.policy.task_encoder_optimizer]
-
-    def _scheduled_optimizers(self) -> list[th.optim.Optimizer]:
-        return [*super()._scheduled_optimizers(), self.policy.task_encoder_optimizer]
-
     # ----------------------------------------------------------------- logging
 
     def _sum_encoder_values(
@@ -489,10 +483,6 @@ class CMTASAC(MTSAC):
     def _excluded_save_params(self) -> list[str]:
         # The state before the step to come is saved as SB3 saves the observation it belongs to
         return [*super()._excluded_save_params(), "_next_state"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, variables = super()._get_torch_save_params()
-        return [*state_dicts, "policy.task_encoder_optimizer"], variables
 
     def learn(
         self: SelfCMTASAC,

@@ -525,6 +525,12 @@ class CMTAPolicy(MTSACPolicy):
             [parameter for parameter in self.task_encoder.parameters() if parameter.requires_grad], lr_schedule
         )
 
+    def shared_optimizers(self) -> dict[str, float | None]:
+        """
+        :return: The optimiser of the task encoder, see ``MTSACPolicy``
+        """
+        return {"task_encoder_optimizer": None}
+
     def _make_optimizer(self, parameters: list[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
         return self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 

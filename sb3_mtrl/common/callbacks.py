@@ -355,8 +355,12 @@ class MultiTaskEvalCallback(EvalCallback):
             with np.load(path) as file:
                 arrays = {name: file[name] for name in file.files}
             task_names, task_ids = tuple(arrays["task_names"].tolist()), arrays["task_ids"]
+            n_rows = {name: len(arrays[name]) for name in ("timesteps", "results", "ep_lengths", "task_mean_rewards")}
+            n_rows |= {name: len(arrays[name]) for name in ("successes", "task_success_rates") if name in arrays}
         except Exception as error:  # numpy raises errors of many kinds for a damaged file
             raise ValueError(f"{path} does not hold the evaluations of a {type(self).__name__}; {advice}") from error
+        if len(set(n_rows.values())) > 1:
+            raise ValueError(f"{path} must have a row for each evaluation in all arrays, got {n_rows}; {advice}")
         if task_names != self.task_names or not np.array_equal(task_ids, expected_ids):
             raise ValueError(
                 f"the evaluations in {path} cannot be continued: each has {len(task_ids)} episodes of the tasks {task_names}, "

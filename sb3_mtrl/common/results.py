@@ -358,7 +358,11 @@ def format_final_table(finals: Sequence[FinalScores], metric: str = "success") -
     :return: A plain-text table with a row per method, what its intervals are, and below one with a row per task; without a
         line break at its end
     """
-    show = "{:.0%}".format if metric == "success" else "{:.1f}".format
+
+    def show(value: float) -> str:
+        if np.isnan(value):
+            return "-"
+        return f"{value:.0%}" if metric == "success" else f"{value:.1f}"
 
     def interval(ends: np.ndarray) -> str:
         return "-" if np.isnan(ends).any() else f"[{show(ends[0])}, {show(ends[1])}]"

@@ -428,7 +428,7 @@ class Experts(StackedMLP):
         :return: Outputs ``(k, B, out)``
         """
         weight, bias = self._layer(-1, frozen)
-        return th.baddbmm(bias, self._last_hidden(x, frozen), weight)
+        return th.baddbmm(bias, self.last_hidden(x, frozen), weight)
 
     def mix(self, x: th.Tensor, gate_weights: th.Tensor, frozen: bool = False) -> th.Tensor:
         """
@@ -440,7 +440,7 @@ class Experts(StackedMLP):
         :return: Mixture ``(B, out)``
         """
         weight, bias = self._layer(-1, frozen)
-        weighted = self._last_hidden(x, frozen) * gate_weights.t().unsqueeze(2)  # (k, B, h)
+        weighted = self.last_hidden(x, frozen) * gate_weights.t().unsqueeze(2)  # (k, B, h)
         weighted = weighted.transpose(0, 1).flatten(1)  # (B, k h)
         return th.addmm(gate_weights @ bias.squeeze(1), weighted, weight.flatten(0, 1))
 
@@ -448,8 +448,12 @@ class Experts(StackedMLP):
         weight, bias = self.weights[index], self.biases[index]
         return (weight.detach(), bias.detach()) if frozen else (weight, bias)
 
-    def _last_hidden(self, x: th.Tensor, frozen: bool) -> th.Tensor:
-        """Input of the experts' last layer, ``(k, B, h)``."""
+    def last_hidden(self, x: th.Tensor, frozen: bool = False) -> th.Tensor:
+        """
+        :param x: Input ``(B, in)``
+        :param frozen: Hold the parameters constant: the gradient flows to ``x`` only
+        :return: Input of the experts' last layer, ``(k, B, h)``
+        """
         weight, bias = self._layer(0, frozen)
         # The input is shared, so the first layers of all experts are one wide product
         hidden = th.addmm(bias.reshape(-1), x, weight.transpose(0, 1).reshape(x.shape[1], -1))  # (B, k h)

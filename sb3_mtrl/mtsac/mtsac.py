@@ -1197,13 +1197,19 @@ class MTSAC(SAC):
         optimizers = [self.actor.optimizer, self.critic.optimizer]
         if self.ent_coef_optimizer is not None and self.ent_coef_learning_rate is None:
             optimizers.append(self.ent_coef_optimizer)
-        return optimizers
+        followers = [name for name, learning_rate in self.policy.shared_optimizers().items() if learning_rate is None]
+        return [*optimizers, *(getattr(self.policy, name) for name in followers)]
 
     def _own_learning_rates(self) -> list[tuple[th.optim.Optimizer, float]]:
         """Optimisers with a learning rate of their own."""
+        own_learning_rates = [
+            (getattr(self.policy, name), learning_rate)
+            for name, learning_rate in self.policy.shared_optimizers().items()
+            if learning_rate is not None
+        ]
         if self.ent_coef_optimizer is not None and self.ent_coef_learning_rate is not None:
-            return [(self.ent_coef_optimizer, self.ent_coef_learning_rate)]
-        return []
+            own_learning_rates.insert(0, (self.ent_coef_optimizer, self.ent_coef_learning_rate))
+        return own_learning_rates
 
     def _stepping_optimizers(self) -> list[th.optim.Optimizer]:
         """All optimisers."""
@@ -1211,7 +1217,7 @@ class MTSAC(SAC):
 
     def _shared_optimizers(self) -> list[th.optim.Optimizer]:
         """Optimisers of parameters that actor and critics share; they step once an update, on the sum of both gradients."""
-        return []
+        return [getattr(self.policy, name) for name in self.policy.shared_optimizers()]
 
     def _all_optimizers(self) -> list[th.optim.Optimizer]:
         optimizers = [self.actor.optimizer, self.critic.optimizer, *self._shared_optimizers()]
@@ -1508,7 +1514,8 @@ class MTSAC(SAC):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
-        return state_dicts, [*variables, "dropped_updates", "skipped_steps"]
+        shared_optimizers = (f"policy.{name}" for name in self.policy.shared_optimizers())
+        return [*state_dicts, *shared_optimizers], [*variables, "dropped_updates", "skipped_steps"]
 
     def set_parameters(
         self,

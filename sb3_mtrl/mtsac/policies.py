@@ -437,6 +437,13 @@ class MTSACPolicy(SACPolicy):
             )
         return self._update_features_extractor(network_kwargs, features_extractor)
 
+    def shared_optimizers(self) -> dict[str, float | None]:
+        """
+        :return: Names of the policy's optimisers beside those of actor and critics, for parameters that both use; each with
+            the learning rate of its own, None if it is that of actor and critics
+        """
+        return {}
+
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> MTSACActor:
         kwargs = self._network_kwargs(self.actor_kwargs, features_extractor, self.observe_task)
         return MTSACActor(

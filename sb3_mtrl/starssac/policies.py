@@ -423,6 +423,12 @@ class STARSPolicy(MTSACPolicy):
         learning_rate = self.w_learning_rate if self.w_learning_rate is not None else lr_schedule(1)
         self.w_optimizer = self.optimizer_class([self.compositional_vectors], lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
 
+    def shared_optimizers(self) -> dict[str, float | None]:
+        """
+        :return: The optimiser of W, see ``MTSACPolicy``
+        """
+        return {"w_optimizer": self.w_learning_rate}
+
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
         for name in (*GSDE_ARGUMENTS, "n_heads", "observe_task"):

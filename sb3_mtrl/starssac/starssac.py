@@ -355,21 +355,6 @@ class STARSSAC(MTSAC):
         policy = self.policy
         polyak_update_([policy.compositional_vectors], [policy.target_compositional_vectors], self.tau)
 
-    def _shared_optimizers(self) -> list[th.optim.Optimizer]:
-        return [self.policy.w_optimizer]
-
-    def _scheduled_optimizers(self) -> list[th.optim.Optimizer]:
-        optimizers = super()._scheduled_optimizers()
-        if self.w_learning_rate is None:
-            optimizers.append(self.policy.w_optimizer)
-        return optimizers
-
-    def _own_learning_rates(self) -> list[tuple[th.optim.Optimizer, float]]:
-        own_learning_rates = super()._own_learning_rates()
-        if self.w_learning_rate is not None:
-            own_learning_rates.append((self.policy.w_optimizer, self.w_learning_rate))
-        return own_learning_rates
-
     # ----------------------------------------------------------------- logging
 
     def _sum_train_values(
@@ -391,7 +376,7 @@ class STARSSAC(MTSAC):
         state_dicts, variables = super()._get_torch_save_params()
         if self.w_reset_callback is not None:
             variables = [*variables, "w_reset_callback.resets", "w_reset_callback.generator_state"]
-        return [*state_dicts, "policy.w_optimizer"], variables
+        return state_dicts, variables
 
     def learn(
         self: SelfSTARSSAC,

@@ -556,21 +556,12 @@ class TSACSAC(MTSAC):
         entropy_gap = self._keep((edit_log_prob + self.edit_target_entropy).detach(), dropped, replay_data)
         return -self._rows(self._bounded_below(self.log_edit_ent_coef), replay_data) * entropy_gap
 
-    def _shared_optimizers(self) -> list[th.optim.Optimizer]:
-        return [self.policy.w_optimizer] if isinstance(self.policy, PaCoPolicy) else []
-
     def _scheduled_optimizers(self) -> list[th.optim.Optimizer]:
         # Not that of lambda, which has its own rate
-        optimizers = [*super()._scheduled_optimizers(), self.editor.optimizer, self.sparse_critic.optimizer]
-        if isinstance(self.policy, PaCoPolicy) and self.policy.w_learning_rate is None:
-            optimizers.append(self.policy.w_optimizer)
-        return optimizers
+        return [*super()._scheduled_optimizers(), self.editor.optimizer, self.sparse_critic.optimizer]
 
     def _own_learning_rates(self) -> list[tuple[th.optim.Optimizer, float]]:
-        own_learning_rates = [*super()._own_learning_rates(), (self.lambda_optimizer, self.lambda_learning_rate)]
-        if isinstance(self.policy, PaCoPolicy) and self.policy.w_learning_rate is not None:
-            own_learning_rates.append((self.policy.w_optimizer, self.policy.w_learning_rate))
-        return own_learning_rates
+        return [*super()._own_learning_rates(), (self.lambda_optimizer, self.lambda_learning_rate)]
 
     def _update_target_networks(self) -> None:
         super()._update_target_networks()
@@ -663,8 +654,6 @@ class TSACSAC(MTSAC):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
         state_dicts = [*state_dicts, "editor.optimizer", "sparse_critic.optimizer", "lambda_optimizer"]
-        if isinstance(self.policy, PaCoPolicy):
-            state_dicts.append("policy.w_optimizer")
         variables = [*variables, "raw_lambda"]
         if self.log_edit_ent_coef is not None:
             variables.append("log_edit_ent_coef")
