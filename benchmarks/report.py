@@ -44,6 +44,12 @@ LEARNERS = {
     "STARSSAC": "STARSSAC",
     "TSACSAC": "TSACSAC",
 }
+STABILITY_TITLES = {
+    "random": "random policy",
+    "vanilla": "neither",
+    "maskout": "loss maskout",
+    "maskout_w_reset": "loss maskout and w-reset",
+}
 
 
 @cache
@@ -272,14 +278,24 @@ def over_seeds(values: np.ndarray, form: str) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def suite_runs(name: str) -> dict[str, list[RunHistory]]:
+def grid_runs(preset: str, table: str = "") -> dict[str, list[RunHistory]]:
     """
-    :param name: Name of the table, ``cpu_suite<name>.csv``
+    :param preset: Name of the grid in ``presets.yml``
+    :param table: Which table of it, ``<preset><table>.csv``
     :return: Runs of the methods, the random policy first
     """
-    groups = group_by_method(read_tidy_results(LEARNING / f"cpu_suite{name}.csv"))
-    preset = yaml.safe_load((LEARNING / "presets.yml").read_text())["cpu_suite"]
-    return {method: groups[method] for method in ("random", *preset["methods"]) if method in groups}
+    groups = group_by_method(read_tidy_results(LEARNING / f"{preset}{table}.csv"))
+    methods = yaml.safe_load((LEARNING / "presets.yml").read_text())[preset]["methods"]
+    return {method: groups[method] for method in ("random", *methods) if method in groups}
+
+
+def grid_costs(preset: str) -> list[dict[str, str]]:
+    """
+    :param preset: Name of the grid
+    :return: The rows of ``<preset>_runs.csv``
+    """
+    with (LEARNING / f"{preset}_runs.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def method_title(method: str) -> str:
@@ -288,7 +304,7 @@ def method_title(method: str) -> str:
 
 def cpu_suite() -> str:
     """Success rates of the final policies on all goals, and how many runs are finished."""
-    finals, curves = suite_runs("_final"), suite_runs("")
+    finals, curves = grid_runs("cpu_suite", "_final"), grid_runs("cpu_suite")
     rows = []
     for method, runs in finals.items():
         rates = np.array([run.success_rates[-1] for run in runs])  # (runs, T)
@@ -303,7 +319,7 @@ def cpu_suite() -> str:
 
 def cpu_suite_returns() -> str:
     """Mean returns at the end of the training, over several policies."""
-    finals, curves = suite_runs("_final"), suite_runs("")
+    finals, curves = grid_runs("cpu_suite", "_final"), grid_runs("cpu_suite")
     rows = [["random policy", *(f"{value:.0f}" for value in finals["random"][0].mean_returns[-1])]]
     for method, runs in curves.items():
         returns = np.array([run.mean_returns[-N_LAST:].mean(axis=0) for run in runs])  # (runs, T)
@@ -314,13 +330,33 @@ def cpu_suite_returns() -> str:
 
 def cpu_suite_runs() -> str:
     """Time of each run, and what its guards did."""
-    with (LEARNING / "cpu_suite_runs.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
     cells = []
-    for row in rows:
+    for row in grid_costs("cpu_suite"):
         minutes = f"{float(row['seconds']) / 60:.0f}"
         cells.append([method_title(row["method"]), row["seed"], minutes, row["dropped_updates"], row["w_resets"]])
     return markdown(["run", "seed", "minutes", "dropped updates", "w-resets"], cells)
+
+
+def stability() -> str:
+    """Exploding losses: what the guards did, and what was learned with them."""
+    finals, curves, costs = grid_runs("stability", "_final"), grid_runs("stability"), grid_costs("stability")
+    rows = []
+    for method, runs in finals.items():
+        scores = [np.array([run.success_rates[-1].mean() for run in runs])]
+        if method in curves:
+            scores += [
+                np.array([run.scores(metric)[-N_LAST:].mean() for run in curves[method]]) for metric in ("success", "return")
+            ]
+        counts = [
+            ", ".join(row[name] or "-" for row in sorted(costs, key=lambda row: int(row["seed"])) if row["method"] == method)
+            for name in ("dropped_updates", "w_resets")
+        ]
+        shown = [over_seeds(values, form) for values, form in zip(scores, (".0%", ".0%", ".0f"), strict=False)]
+        n_seeds = "" if method == "random" else str(len(runs))
+        rows.append([STABILITY_TITLES[method], n_seeds, *shown, *[""] * (3 - len(shown)), *counts])
+    last = f"last {N_LAST} evaluations"
+    header = ["mean of the 4 tasks: mean (seeds: lowest to highest)", "seeds", "success, final policy", f"success, {last}"]
+    return markdown([*header, f"return, {last}", "dropped updates, by seed", "w-resets, by seed"], rows)
 
 
 def bf16() -> str:
@@ -350,6 +386,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-suite": cpu_suite,
     "cpu-suite-returns": cpu_suite_returns,
     "cpu-suite-runs": cpu_suite_runs,
+    "stability": stability,
     "bf16": bf16,
 }
 

@@ -100,6 +100,26 @@ def test_cpu_suite_takes_means_over_seeds(tmp_path: Path, monkeypatch: pytest.Mo
     assert cells(report.cpu_suite_returns(), "MTSAC") == ["6 (4 to 8)", "6 (4 to 8)"]
 
 
+def test_stability_shows_the_counts_of_each_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(report, "LEARNING", tmp_path)
+    (tmp_path / "presets.yml").write_text(yaml.safe_dump({"stability": {"methods": {"vanilla": {}, "maskout": {}}}}))
+    finals = ["random,E,0,0,a-v3,0.1,4", "maskout,E,2,9,a-v3,0.4,0", "maskout,E,1,9,a-v3,0.2,0", "vanilla,E,1,9,a-v3,0,0"]
+    (tmp_path / "stability_final.csv").write_text(TIDY + "\n".join(finals) + "\n")
+    # The last five evaluations of the maskout's two seeds: all 1 and all 0 in success, 6 and 10 in return
+    curves = [
+        f"maskout,E,{seed},{step},a-v3,{2 - seed},{2 + 4 * seed if step else 99}" for seed in (1, 2) for step in range(6)
+    ]
+    curves += [f"vanilla,E,1,{step},a-v3,0.5,3" for step in range(6)]
+    (tmp_path / "stability.csv").write_text(TIDY + "\n".join(curves) + "\n")
+    (tmp_path / "stability_runs.csv").write_text(
+        "method,env,seed,steps,seconds,dropped_updates,w_resets\nmaskout,E,2,9,60,7,0\nmaskout,E,1,9,60,20,0\nvanilla,E,1,9,60,,\n"
+    )
+    table = report.stability()
+    assert cells(table, "random policy") == ["", "10%", "", "", "", ""]
+    assert cells(table, "neither") == ["1", "0%", "50%", "3", "-", "-"]
+    assert cells(table, "loss maskout") == ["2", "30% (20% to 40%)", "50% (0% to 100%)", "8 (6 to 10)", "20, 7", "0, 0"]
+
+
 def test_updates_are_told_in_those_of_mtsac(monkeypatch: pytest.MonkeyPatch):
     def row(ms: float) -> dict[str, object]:
         cost = dict(cost=ms / 6, cost_quartiles=[ms / 8, ms / 4])
