@@ -222,8 +222,8 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
     Within task t, transition i has priority ``p_i = min(|delta_i| + eps, max_priority)`` and is drawn with probability
     ``p_i^alpha / sum_k p_k^alpha``; new ones get the highest priority that the task has had, 1 at the start. Draws are
     stratified: one in each of n_t equal parts of the task's sum. Importance weights ``(N P(i))^-beta``, divided by their
-    maximum over the task's rows in the batch, are for the critic loss alone, and there are none between tasks: the shift
-    towards weak tasks is the purpose.
+    maximum over the task's rows in the batch, are for the critic loss alone. There are none between tasks: the shift towards
+    weak tasks is the purpose. (The maximum of more rows is larger, though, so that weights take back a part of the shift.)
 
     The share of task t is ``rho_t / sum_j rho_j`` with, by default, ``rho_t = clip(1 - success rate of t, rho_min, rho_max)``;
     it is rounded to whole groups of rows by largest remainders. Shares are equal until ``set_task_performance`` has told the

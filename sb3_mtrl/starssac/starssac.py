@@ -55,8 +55,8 @@ class STARSSAC(MTSAC):
     * Margin, normalisation, weight and choice of triplets: 0.5, unit length [F], 1, random ones [R].
     * Performance of a task: success rate of its last 20 training episodes after the warm-up [R].
     * Its priority and bounds: ``clip(1 - success rate, 0.1, 1)``; shares of the batch by largest remainder [R].
-    * Exponents and new priorities: 0.6, 0.4 to 1, the running maximum; importance weights in the critic loss only [E], and
-      none between tasks, since they would undo the shares [R].
+    * Exponents and new priorities: 0.6, 0.4 to 1, the running maximum; importance weights in the critic loss only [E],
+      within each task [R].
     * Loss maskout and w-reset: on [P], by the critic loss alone and at 10,000 [R].
     * Environments and evaluation: the presets of PaCo and of Meta-World, see ``hyperparams/starssac.yml`` [P].
 
