@@ -20,7 +20,7 @@ from sb3_mtrl.common.prioritized import TaskPrioritizedReplayBuffer
 from sb3_mtrl.common.vec_env import VecTaskAssignment, VecTaskNormalize
 from sb3_mtrl.mtsac.policies import MTSACPolicy
 from sb3_mtrl.tsacsac.policies import PaCoTSACPolicy, attach_proposals, edit_actions
-from sb3_mtrl.tsacsac.tsacsac import SPARSE_REWARD, inverse_softplus
+from sb3_mtrl.tsacsac.tsacsac import LAMBDA_FLOOR, SPARSE_REWARD, inverse_softplus
 from tests.models import NUM_TASKS, DropTasks, make_env, make_model, parameters_of
 
 BASES = ["mtsac", "paco"]
@@ -415,6 +415,20 @@ def test_lambda_respects_its_cap():
     free = make_ready(lambda_max=None, lambda_learning_rate=1.0)
     step_with_success(free, [0.0, 0.0, 0.0], n_steps=5)
     assert free.multipliers.min() > 4
+
+
+def test_lambda_rises_again_after_long_success():
+    """Without a floor it came to 1e-10: there softplus has a slope of 1e-10, nothing beside Adam's epsilon of 1e-8."""
+    model = make_ready(lambda_learning_rate=0.1)
+    with th.no_grad():
+        model.raw_lambda.fill_(inverse_softplus(1e-10))
+    step_with_success(model, [1.0, 1.0, 1.0])
+    assert model.multipliers.tolist() == pytest.approx([LAMBDA_FLOOR] * 3, rel=1e-3)
+    step_with_success(model, [0.0, 1.0, 1.0], n_steps=150)
+    assert model.multipliers[0] > 1 > model.multipliers[1:].max()
+    never = make_ready(lambda_init=0.0, lambda_learning_rate=0.1)
+    step_with_success(never, [0.0, 0.0, 0.0])
+    assert never.multipliers.tolist() == [0, 0, 0]
 
 
 def test_lambda_is_frozen_until_learning_starts_and_does_not_see_the_warm_up():

@@ -32,6 +32,9 @@ SelfTSACSAC = TypeVar("SelfTSACSAC", bound="TSACSAC")
 SPARSE_REWARD = "sparse_reward"
 SPARSE_REWARDS = ("success", "first_success", "neg")
 LAMBDA_MODES = ("per_task", "shared")
+# Lambda does not fall below: nearer to 0 the slope of softplus, and with it the gradient, is below Adam's epsilon, and the
+# lambda of a task that has long met its budget would no longer rise when it misses it
+LAMBDA_FLOOR = 1e-4
 ACTION_DISTANCES = ("hinge", "l2")
 SP_VALUES = ("edited", "proposed")
 
@@ -55,7 +58,8 @@ class TSACSAC(MTSAC):
       SP's, softplus and Adam (1e-2) for lambda, weights ``1 / (1 + lambda)`` and ``lambda / (1 + lambda)``: SEditor
     * the sparse reward, ``success_bonus`` times success at this step: our choice, so that both values have one scale
     * the budget, half of the steps in success (0.25 for episodes of 150 steps): our choice, from what scripted experts reach
-    * one lambda per task and its cap: our choice; the abstract may mean one for all (``lambda_mode="shared"``)
+    * one lambda per task, its cap, and its floor of 0.0001 (nearer to 0 it could not rise again): our choice; the abstract may
+      mean one for all (``lambda_mode="shared"``)
     * the SP's entropy in the dense target and none in the sparse one: our choice, so that without edits the updates are those
       of MTSAC (SEditor has none in either, ``entropy_in_target=False``)
     * target entropy of the edits ``-n_actions (1 + ln 2)``: our choice, the usual one after the edit's factor 2
@@ -482,7 +486,7 @@ class TSACSAC(MTSAC):
 
     def _update_lambda(self, dropped: th.Tensor | None) -> None:
         """
-        One step on ``L(lambda) = sum_t lambda_t (mean of r_s / delta in the fresh rollouts - C_t)``, then the cap.
+        One step on ``L(lambda) = sum_t lambda_t (mean of r_s / delta in the fresh rollouts - C_t)``, then the bounds.
 
         The lambda of a task without fresh steps, or that was dropped, stays; without any no step is made, so that of several
         updates after one rollout only the first one counts.
@@ -501,8 +505,8 @@ class TSACSAC(MTSAC):
         with th.no_grad():
             if self.lambda_mode == "per_task":  # Adam's momentum moves those without a gradient, too
                 self.raw_lambda.copy_(th.where(is_fresh, self.raw_lambda, before))
-            if self.lambda_max is not None:
-                self.raw_lambda.clamp_(max=inverse_softplus(self.lambda_max))
+            cap = None if self.lambda_max is None else inverse_softplus(self.lambda_max)
+            self.raw_lambda.clamp_(min=inverse_softplus(min(self.lambda_init, LAMBDA_FLOOR)), max=cap)
 
     def _upload_host_values(self) -> None:
         self._rollout_rewards.copy_(th.from_numpy(self._fresh_rewards.astype(np.float32)), non_blocking=True)
