@@ -225,9 +225,10 @@ def test_resetting_a_task_touches_no_other():
         buffer.reset_task_priorities(2)
 
 
-def test_one_task_equals_a_slow_prioritized_buffer():
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_one_task_equals_a_slow_prioritized_buffer(batch_size: int):
     """An independent loop over python lists: proportional PER with stratified draws, as in Schaul et al. (2016)."""
-    capacity, alpha, beta, eps, batch_size = 7, 0.6, 0.5, 1e-6, 5
+    capacity, alpha, beta, eps = 7, 0.6, 0.5, 1e-6
     space, action_space = spaces.Box(-np.inf, np.inf, (1,), np.float32), spaces.Box(-1, 1, (1,), np.float32)
     buffer = PER(capacity, space, action_space, device="cpu", task_in_observation=False, alpha=alpha, beta=beta)
     stored, priorities, highest, rng = [], [], 1.0, np.random.default_rng(0)

@@ -568,6 +568,8 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         :raises ValueError: for a bad ``batch_size``
         """
         self.rows_per_task(batch_size)
+        if self.num_tasks == 1:
+            return np.array([batch_size])
         group_size = self.group_size(batch_size)
         has_share = self.sizes() > 0
         if not has_share.any():
