@@ -319,6 +319,22 @@ def test_quotas_follow_the_success_rates(task_priority):
             assert np.all(np.abs(quotas[success_rates == success_rates[i]] - quotas[i]) <= rows_per_group)
 
 
+def test_equal_tasks_take_turns():
+    """Of 40 groups of 32 rows nine solved tasks are due 2.11 each, the other 21.05: one of the nine gets 3."""
+    buffer, gets_more = filled_buffer(10, 2), []
+    for _ in range(12):
+        buffer.set_task_performance(np.array(ONE_HARD))
+        quotas = buffer.quotas(1280)
+        assert sorted(quotas.tolist()) == [64] * 8 + [96, 672]
+        gets_more.append(quotas.tolist().index(96))
+    assert gets_more == [1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 1]  # the turn of task 0 is of no use to it
+    restored = filled_buffer(10, 2)
+    restored.set_checkpoint_state(buffer.get_checkpoint_state())
+    for one in (buffer, restored):
+        one.set_task_performance(np.array(ONE_HARD))
+    assert buffer.quotas(1280).tolist() == restored.quotas(1280).tolist() == [672, 64, 96] + [64] * 7
+
+
 def test_largest_remainders():
     # By hand: 10 seats for 0.55, 0.32, 0.13: 5.5, 3.2, 1.3; with a floor of 2 for the last 8 * (0.55, 0.32) / 0.87
     shares = np.array([0.55, 0.32, 0.13])

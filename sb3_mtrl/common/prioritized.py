@@ -226,8 +226,9 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
     weak tasks is the purpose. (The maximum of more rows is larger, though, so that weights take back a part of the shift.)
 
     The share of task t is ``rho_t / sum_j rho_j`` with, by default, ``rho_t = clip(1 - success rate of t, rho_min, rho_max)``;
-    it is rounded to whole groups of rows by largest remainders. Shares are equal until ``set_task_performance`` has told the
-    success rate of every task and every ring holds something; a task without transitions leaves its rows to the others.
+    it is rounded to whole groups of rows by largest remainders, where equal tasks take turns. Shares are equal until
+    ``set_task_performance`` has told the success rate of every task and every ring holds something; a task without transitions
+    leaves its rows to the others.
 
     ``MTSAC`` and its subclasses do what an algorithm has to: weigh the critic loss, ``update_priorities``, ``anneal_beta`` and
     ``set_task_performance``. On a GPU the TD errors come back to the CPU once an update, which waits for the device (and so
@@ -339,6 +340,8 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         self.highest_priorities = np.full(num_tasks, min(INITIAL_PRIORITY, max_priority))
         #: Success rates last told, ``(T,)``, NaN where unknown
         self.success_rates = np.full(num_tasks, np.nan)
+        # Which of equal tasks is the first to get more; from 0 on when success rates have been told
+        self._first_task = -1
         self._shares: _Shares | None = None
 
     def _n_bytes(self) -> int:
@@ -536,6 +539,7 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         if success_rates.shape != (self.num_tasks,) or np.any((success_rates < 0) | (success_rates > 1)):
             raise ValueError(f"success_rates must be {self.num_tasks} rates in [0, 1] or NaN, got {success_rates.tolist()}")
         self.success_rates = success_rates
+        self._first_task = (self._first_task + 1) % self.num_tasks
         self._shares = None
 
     @property
@@ -575,7 +579,11 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         if not has_share.any():
             has_share[:] = True
         floors = np.where(has_share, self._least_groups(batch_size), 0)
-        return group_size * apportion(self.task_priorities, batch_size // group_size, floors)
+        # Tasks that do equally well take turns with the groups that cannot be shared equally
+        order = np.roll(np.arange(self.num_tasks), -self._first_task)
+        quotas = np.empty(self.num_tasks, dtype=np.int64)
+        quotas[order] = group_size * apportion(self.task_priorities[order], batch_size // group_size, floors[order])
+        return quotas
 
     # ------------------------------------------------------------------- saving
 
@@ -603,7 +611,7 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         """
         :return: All that a checkpoint holds of this buffer beside its rows
         """
-        names = ("highest_priorities", "success_rates", "beta")
+        names = ("highest_priorities", "success_rates", "beta", "_first_task")
         own_state = {name: copy.copy(getattr(self, name)) for name in names}
         return {**super().get_checkpoint_state(), **own_state, "leaves": self._leaves_in_use()}
 
@@ -614,13 +622,14 @@ class TaskPrioritizedReplayBuffer(MultiTaskReplayBuffer):
         super().set_checkpoint_state(state)
         self.highest_priorities[:] = state["highest_priorities"]
         self.success_rates, self.beta = state["success_rates"], state["beta"]
+        self._first_task = state["_first_task"]
         self._set_leaves(state["leaves"])
         self._shares = None
 
 
 def apportion(shares: np.ndarray, n_seats: int, floors: np.ndarray) -> np.ndarray:
     """
-    Share out whole seats by largest remainders; who would get less than the floor gets the floor.
+    Share out whole seats by largest remainders, of equal ones the first; who would get less than the floor gets the floor.
 
     :param shares: Shares ``(T,)`` that sum to 1
     :param n_seats: Seats to share out
